@@ -1,0 +1,22 @@
+"""Cluster-Promoting Quantization with DropBits for Hugging Face models: train at 2-8 bits, pack, deploy."""
+
+from .controller import CPQController
+from .errors import CPQError
+from .hf import CPQCallback, CPQConfig, CPQOptimizer, pack_model, prepare_model, verify_checkpoint
+from .summary import summarize
+from .surgery import calibrate_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CPQCallback",
+    "CPQConfig",
+    "CPQController",
+    "CPQError",
+    "CPQOptimizer",
+    "calibrate_model",
+    "pack_model",
+    "prepare_model",
+    "summarize",
+    "verify_checkpoint",
+]

@@ -1,0 +1,113 @@
+"""The Trainer's door: prepares if needed, owns a controller, logs, resumes, packs at the end if asked."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from .. import surgery
+from ..controller import CPQController
+from ..errors import CPQError
+from .config import CPQConfig
+from .model import pack_model, prepare_model
+
+logger = logging.getLogger(__name__)
+
+
+class CPQCallback(TrainerCallback, ExportableState):
+    """Runs CPQ in a `Trainer`: noise and DropBits follow the progress of training, metrics go to the log.
+
+    Logged with the Trainer's own metrics: `cpq/noise` (in grid steps), `cpq/drop_rate`, `cpq/mean_bits` and
+    `cpq/cluster_distance` (in grid steps; 0.25 means evenly spread).
+
+    Args:
+        config (`CPQConfig`, *optional*): Given, it prepares the Trainer's float model when the Trainer is made. Leave
+            it out for a model that was loaded with `quantization_config` or prepared.
+        pack (`bool`, defaults to False): Pack the model when training has ended, after the best checkpoint was
+            loaded if the Trainer was told to.
+
+    Raises:
+        CPQError: From the Trainer's constructor or the start of training: a model that is not prepared, or is packed,
+            or spread over several GPUs by `DataParallel`.
+    """
+
+    def __init__(self, config: CPQConfig | None = None, pack: bool = False) -> None:
+        self.config = config
+        self.pack = pack
+        self.controller: CPQController | None = None
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _refuse_data_parallel(args)
+        if self.config is not None:
+            prepare_model(kwargs["model"], self.config)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        _refuse_data_parallel(args)
+        self._detach()
+        _warn_about_decay(model, optimizer)
+        self.controller = CPQController(model, optimizer, state.max_steps)
+        if state.global_step > 0:  # resumed; without a saved state (another callback's run), steps are all we know
+            callbacks: Any = state.stateful_callbacks or {}
+            saved = callbacks.get(type(self).__name__, {}).get("attributes", {}).get("controller_state")
+            self.controller.load_state_dict(saved or {"step": state.global_step})
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs: dict[str, float] = kwargs["logs"]
+        if self.controller is None or "loss" not in logs:  # metrics of an evaluation, or the last summary
+            return
+        values = {
+            "cpq/noise": self.controller.noise,
+            "cpq/drop_rate": self.controller.drop_rate,
+            "cpq/mean_bits": self.controller.mean_bits,
+            "cpq/cluster_distance": self.controller.cluster_distance(),
+        }
+        logs.update(values)
+        state.log_history[-1].update(values)  # Trainer appended its copy before it called us
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._detach()
+        if self.pack:
+            pack_model(kwargs["model"])
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint of the Trainer keeps of this callback."""
+        controller_state = None if self.controller is None else self.controller.state_dict()
+        return {"args": {"pack": self.pack}, "attributes": {"controller_state": controller_state}}
+
+    def _detach(self) -> None:
+        if self.controller is not None:
+            self.controller.detach()
+            self.controller = None
+
+
+def _refuse_data_parallel(args: TrainingArguments) -> None:
+    if args.n_gpu > 1:
+        raise CPQError(
+            f"the Trainer would spread the model over {args.n_gpu} GPUs with DataParallel, which copies layers "
+            f"without their quantizers. Launch one process per GPU: torchrun --nproc_per_node {args.n_gpu} ..., or make "
+            "one GPU visible with CUDA_VISIBLE_DEVICES"
+        )
+
+
+def _warn_about_decay(model: nn.Module, optimizer: Any) -> None:
+    ours = {id(p) for _, quantizer in surgery.quantizers(model) for p in quantizer.parameters(recurse=False)}
+    decayed = any(
+        group.get("weight_decay", 0) > 0 and any(id(parameter) in ours for parameter in group["params"])
+        for group in optimizer.param_groups
+    )
+    if decayed:
+        logger.warning(
+            "weight decay is applied to quantizer parameters, which pulls their step sizes towards 1; pass "
+            "optimizer_cls_and_kwargs=(cpq_hf.CPQOptimizer, {'args': args}) to the Trainer to keep them out of it"
+        )

@@ -1,0 +1,118 @@
+"""The config that users write and that is stored in a checkpoint's config.json."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import CPQError
+from ..plan import QuantizationPlan, suggest
+from ..spec import LayerSpec
+
+QUANT_METHOD = "cpq"
+FORMAT_VERSION = 1
+_STORED = ("format_version", "packed", "layers", "checksums")
+
+
+@dataclass(repr=False)
+class CPQConfig(QuantizationPlan, QuantizationConfigMixin):
+    """Settings of Cluster-Promoting Quantization, for `from_pretrained(..., quantization_config=CPQConfig(...))`.
+
+    Args:
+        weight_bits (`int`, defaults to 4): Bit-width of weights, 2 to 8.
+        activation_bits (`int`, *optional*): Bit-width of the inputs of quantized layers, 2 to 8; None leaves them in
+            floating point.
+        granularity (`str`, defaults to `"channel"`): What shares a step size: `"tensor"`, `"channel"` (an output
+            channel) or `"group"` (`group_size` input features of an output channel).
+        group_size (`int`, defaults to 128): Input features per group, with `granularity="group"`. Must divide them.
+        min_bits (`int`, defaults to 2): Bits that DropBits never drops.
+        dropbits (`float`, defaults to 0.1): Rate at which DropBits drops a bit of a weight at the start of training,
+            0 to 0.9; it falls to 0 over the first three quarters of training.
+        noise_start (`float`, defaults to 1/3): Scale of the logistic noise at the start of training, in grid steps,
+            0.02 to 0.5. At 1/2 the estimator is nearly plain straight-through.
+        noise_end (`float`, defaults to 0.1): The same at the end. The smaller, the more weights cluster on the grid.
+        quantize_embeddings (`bool`, defaults to False): Quantize `nn.Embedding` too.
+        modules_to_not_convert (`list[str]`, *optional*): Names or patterns to leave in floating point. None means
+            what transformers leaves out, the output head and tied embeddings; `[]` means nothing.
+        overrides (`dict[str, dict]`, *optional*): Other settings for single modules, by name or pattern:
+            `weight_bits`, `activation_bits`, `granularity`, `group_size`. Later entries win. A module named here is
+            quantized even if it is the output head or an embedding.
+        layers, packed, format_version, checksums: Written into checkpoints, never by hand: the table of quantized
+            layers as it was resolved, whether they are packed, and the CRC-32 of each tensor.
+
+    A name without wildcard means the module, any module whose dotted name ends in it, and what is inside them; with
+    a wildcard it is matched with `fnmatch` against the whole dotted name.
+
+    Raises:
+        CPQError: On a value that breaks its rule; the message names field, value, rule and remedy.
+
+    Example:
+
+    ```python
+    >>> from cpq_hf import CPQConfig
+    >>> config = CPQConfig(weight_bits=2, activation_bits=4, overrides={"embeddings": {"weight_bits": 8}})
+    >>> config.to_dict()["weight_bits"]
+    2
+
+    ```
+    """
+
+    layers: dict[str, dict[str, Any]] | None = None
+    packed: bool = False
+    format_version: int = FORMAT_VERSION
+    checksums: dict[str, int] | None = None
+    quant_method: str = field(default=QUANT_METHOD, init=False)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        self.overrides = {} if self.overrides is None else self.overrides
+        self.check()
+
+    def resolved(self, layers: dict[str, LayerSpec], packed: bool = False) -> CPQConfig:
+        """A copy that carries the table of quantized layers."""
+        other = copy.deepcopy(self)
+        other.layers = {name: spec.to_dict() for name, spec in layers.items()}
+        other.packed, other.checksums = packed, None
+        return other
+
+    def layer_specs(self) -> dict[str, LayerSpec]:
+        """The stored table of layers, checked."""
+        if not isinstance(self.layers, dict) or not self.layers:
+            raise CPQError(
+                "`quantization_config` of the checkpoint has no table of `layers`; config.json is incomplete"
+            )
+        specs = {}
+        for name, data in self.layers.items():
+            try:
+                specs[name] = LayerSpec.from_dict(data)
+            except CPQError as error:
+                raise CPQError(f"`{name}` in the table of quantized layers in config.json: {error}") from error
+        return specs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Read what `to_dict` wrote. A newer layout or an unknown field is a `CPQError`."""
+        data = {key: value for key, value in config_dict.items() if key != "quant_method"}
+        version = data.get("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise CPQError(
+                f"the checkpoint has layout version {version!r}, this cpq_hf reads version {FORMAT_VERSION}; "
+                "upgrade cpq_hf"
+            )
+        known = (*cls.field_names(), *_STORED)
+        for key in data:
+            if key not in known:
+                raise CPQError(f"CPQConfig has no field {key!r}{suggest(key, known)}")
+        config = cls(**data)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types only."""
+        values = {name: copy.deepcopy(getattr(self, name)) for name in (*self.field_names(), *_STORED)}
+        return {"quant_method": QUANT_METHOD} | values
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As on a dict: transformers reads `config.quantization_config` this way when a config is used again."""
+        return getattr(self, key, default)

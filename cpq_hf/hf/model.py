@@ -1,0 +1,62 @@
+"""The verbs on a model in hand: prepare it for training, pack it."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .. import surgery
+from ..errors import CPQError
+from .config import CPQConfig
+from .quantizer import attach
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def prepare_model(model: M, config: CPQConfig) -> M:
+    """Make a float model train on the grid, in place, as `from_pretrained(..., quantization_config=config)` does.
+
+    Parameter names stay as they are; each quantized layer gains a `weight_quantizer` and, with `activation_bits`, an
+    `input_quantizer`. Call it before the optimizer is made and before `torch.compile`.
+
+    Args:
+        model (`nn.Module`): A transformers model or any other.
+        config (`CPQConfig`): The settings.
+
+    Returns:
+        `nn.Module`: The same model.
+
+    Raises:
+        CPQError: If the config breaks a rule, fits no layer, or the model is compiled, prepared or packed already, or
+            holds NaN. The model is then unchanged.
+    """
+    if not isinstance(config, CPQConfig):
+        raise CPQError(f"`config` must be a CPQConfig, got {type(config).__name__}")
+    layers = surgery.prepare(model, config)
+    if isinstance(model, PreTrainedModel):
+        attach(model, config.resolved(layers))
+    return model
+
+
+def pack_model(model: M) -> M:
+    """Replace trained weights by packed integers, in place. Outputs in evaluation stay bit-identical.
+
+    A transformers model can then be saved with `save_pretrained` or `push_to_hub`; it is put in evaluation mode, for
+    it can no longer be trained.
+
+    Args:
+        model (`nn.Module`): A prepared model, trained or calibrated.
+
+    Returns:
+        `nn.Module`: The same model.
+
+    Raises:
+        CPQError: If the model is not prepared, an activation was never calibrated, or a weight is NaN. The model is
+            then unchanged.
+    """
+    layers = surgery.pack(model)
+    if isinstance(model, PreTrainedModel):
+        attach(model, model.config.quantization_config.resolved(layers, packed=True))
+    return model

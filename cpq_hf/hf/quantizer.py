@@ -1,0 +1,150 @@
+"""The hooks by which transformers builds, loads and saves a CPQ model: translate and delegate.
+
+Three kinds of checkpoint come in, told apart by config.json: a float one (no `quantization_config`: select layers,
+load, fit step sizes), one saved during training (a table of layers: convert these, load, everything must have been
+there), and a packed one (the same with `packed`: verify the files, convert to packed layers, load).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
+
+from .. import surgery
+from ..errors import CPQError
+from ..spec import LayerSpec
+from .checkpoint import checksum, verify_files
+from .config import QUANT_METHOD, CPQConfig
+
+_QUANTIZER_KEYS = r"\.(weight|input)_quantizer\."
+
+
+class CPQHfQuantizer(HfQuantizer):
+    """Quantizer of transformers for `quant_method="cpq"`."""
+
+    quantization_config: CPQConfig
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        placed = device_map.values() if isinstance(device_map, dict) else [device_map]
+        if "disk" in placed:
+            raise CPQError(
+                "`device_map` offloads modules to disk, which a quantized model does not support: give it more "
+                "memory, or place modules on 'cpu' or a GPU"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        config = self.quantization_config
+        if config.packed:
+            verify_files(checkpoint_files or [], config)
+            layers = layers_in_model(model, config.layer_specs())
+            surgery.convert_to_packed(model, layers)
+            _forget_ties(model, layers)
+            return
+        if config.layers is None:
+            layers = surgery.select(model, config)
+            ignored = model._keys_to_ignore_on_load_missing or []
+            model._keys_to_ignore_on_load_missing = [*ignored, _QUANTIZER_KEYS]
+        else:
+            layers = layers_in_model(model, config.layer_specs())
+        self.fresh = config.layers is None
+        surgery.convert_to_training(model, layers, config)
+        self.quantization_config = config.resolved(layers)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        config = self.quantization_config
+        model._weight_conversions = []  # save under the model's own names, so that a resumed run finds every tensor
+        if config.packed:
+            return
+        if self.fresh:
+            del model._keys_to_ignore_on_load_missing
+            surgery.initialize(model)
+        else:
+            _check_all_loaded(model)
+        surgery.reset_schedule(model, config)
+        model.cpq_plan = config
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict]:
+        """Called before config.json is written: the moment to note the checksums of what is about to be saved."""
+        if self.quantization_config.packed:
+            tied = getattr(model, "all_tied_weights_keys", None) or {}
+            tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+            self.quantization_config.checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
+        return None, {}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    # Trainer asks both before it accepts a model, even one that it only evaluates. That a packed model is not trained
+    # is seen to by the layers themselves, the controller and the callback.
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def attach(model: Any, config: CPQConfig) -> None:
+    """Give a converted model in hand what `from_pretrained` would have given it, so that it saves and loads alike."""
+    quantizer = CPQHfQuantizer(config, pre_quantized=True)
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = config
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+    model._weight_conversions = []
+
+
+def layers_in_model(model: PreTrainedModel, layers: dict[str, LayerSpec]) -> dict[str, LayerSpec]:
+    """The table of a checkpoint under the names that `model` uses.
+
+    A checkpoint of a model with a head loads into the bare base model and the other way round: then names lose or
+    gain the base model's prefix, and layers of a head that is not there are left out.
+    """
+    names = {name for name, _ in model.named_modules()}
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    if all(name in names for name in layers):
+        return layers
+    stripped = {name.removeprefix(prefix): spec for name, spec in layers.items() if name.startswith(prefix)}
+    added = {prefix + name: spec for name, spec in layers.items()}
+    for candidate in (stripped, added):
+        if prefix and candidate and all(name in names for name in candidate):
+            return candidate
+    absent = next(name for name in layers if name not in names)
+    raise CPQError(
+        f"config.json lists the quantized layer `{absent}`, which {type(model).__name__} does not have; load the "
+        "checkpoint with the model class that saved it"
+    )
+
+
+def _check_all_loaded(model: nn.Module) -> None:
+    names = surgery.quantizer_parameter_names(model)
+    absent = [
+        name
+        for name, parameter in model.named_parameters()
+        if name in names and not getattr(parameter, "_is_hf_initialized", False)
+    ]
+    if absent:
+        raise CPQError(
+            f"the checkpoint lacks `{absent[0]}` of layer `{absent[0].rpartition('.')[0].rpartition('.')[0]}` "
+            f"({len(absent)} quantizer parameters in all); it is incomplete"
+        )
+
+
+def _forget_ties(model: PreTrainedModel, layers: dict[str, LayerSpec]) -> None:
+    """Packed layers have no weight parameter that could be tied."""
+    packed = {f"{name}.weight" for name in layers}
+    ties = model.all_tied_weights_keys
+    for target, source in list(ties.items()):
+        if target in packed or source in packed:
+            del ties[target]

@@ -1,0 +1,177 @@
+"""Layers that serve: integer words in place of the weight, the same arithmetic as the layer that trained.
+
+A packed layer holds three buffers, those of compressed-tensors' `pack-quantized` (see `packing.py`):
+
+    weight_packed int32 [rows, ceil(columns*bits/32)], weight_scale float32 [1] | [rows, groups], weight_shape int64
+
+and `input_scale` float32 [1] where its input is quantized. Its output equals, bit for bit, what the layer that trained
+gives in evaluation: levels and scales are the same numbers, multiplied in the same float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .. import grid
+from ..errors import CPQError
+from ..packing import pack, unpack, words_per_row
+from ..quantizer import from_grouped
+from ..spec import LayerSpec
+from .training import FixedVocabulary, TrainingLayer, conv1d_forward
+
+
+class PackedLayer(nn.Module):
+    """What all packed layers share."""
+
+    spec: LayerSpec
+    dtype: torch.dtype
+    weight_packed: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor
+
+    def dequantized_weight(self) -> Tensor:
+        """The weight as floating-point numbers: shape of the float layer's, in the layer's dtype."""
+        weight = self.spec.weight
+        levels = unpack(self.weight_packed, weight.bits, weight.columns)
+        return from_grouped(self._scaled(levels, self.weight_scale), weight)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """The input on the grid, or as it is where activations are not quantized."""
+        if self.training and torch.is_grad_enabled():
+            raise CPQError(
+                "this model is packed: its weights are integers and cannot be trained. Call `model.eval()` to use it, "
+                "or train from the checkpoint that was saved before packing"
+            )
+        activation = self.spec.activation
+        if activation is None:
+            return x
+        levels = grid.nearest_levels(x, self.input_scale, activation.bits, bool(activation.signed))
+        return levels.mul_(self.input_scale).to(x.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, for code that looks at a layer's weight. Made anew at each access."""
+        weight = self.dequantized_weight()
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # there is nothing here for transformers to init
+        return weight
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise CPQError("the weight of a packed layer cannot be replaced; change the model before packing it")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in `nn.Module`, which assigns parameters through here, but a packed layer never gets a float weight."""
+        if name == "weight":
+            raise CPQError("the weight of a packed layer cannot be replaced; change the model before packing it")
+        super().register_parameter(name, param)
+
+    def layer_spec(self) -> LayerSpec:
+        """How this layer is quantized."""
+        return self.spec
+
+    def _scaled(self, levels: Tensor, scale: Tensor) -> Tensor:
+        """int8 `[rows, columns]` * scale of these rows -> `[rows, groups, columns/groups]` in the layer's dtype."""
+        grouped = levels.float().unflatten(1, (self.spec.weight.groups, -1))
+        return grouped.mul_(scale.view(1, 1, 1) if scale.dim() == 1 else scale.unsqueeze(-1)).to(self.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
+        """Move everything, cast what the float layer would cast, but keep the scales float32."""
+        kept = {name: buffer for name, buffer in self._buffers.items() if name.endswith("_scale")}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        if not self.weight_scale.is_meta:
+            self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        weight, activation = self.spec.weight, self.spec.activation
+        inputs = "" if activation is None else f", input_bits={activation.bits}, input_signed={activation.signed}"
+        return f"shape={list(weight.shape)}, bits={weight.bits}, granularity={weight.granularity}{inputs}"
+
+
+class PackedLinear(PackedLayer, nn.Linear):
+    """`nn.Linear` from packed weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(self.quantized_input(input), self.dequantized_weight(), self.bias)
+
+
+class PackedConv2d(PackedLayer, nn.Conv2d):
+    """`nn.Conv2d` from packed weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(self.quantized_input(input), self.dequantized_weight(), self.bias)
+
+
+class PackedConv1D(PackedLayer, Conv1D):  # type: ignore[misc]
+    """transformers' `Conv1D` from packed weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv1d_forward(self.quantized_input(x), self.dequantized_weight(), self.bias)
+
+
+class PackedEmbedding(FixedVocabulary, PackedLayer, nn.Embedding):  # type: ignore[misc]
+    """`nn.Embedding` from packed weights: only the rows that are looked up are unpacked."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.spec.weight
+        rows = input.flatten()
+        levels = unpack(self.weight_packed[rows], weight.bits, weight.columns)
+        scale = self.weight_scale if self.weight_scale.dim() == 1 else self.weight_scale[rows]
+        return self._scaled(levels, scale).flatten(1).view(*input.shape, weight.columns)
+
+
+def packed_tensors(spec: LayerSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor a packed layer stores beside its bias."""
+    weight = spec.weight
+    tensors = {
+        "weight_packed": ((weight.rows, words_per_row(weight.columns, weight.bits)), torch.int32),
+        "weight_scale": (weight.scale_shape, torch.float32),
+        "weight_shape": ((len(weight.shape),), torch.int64),
+    }
+    return tensors if spec.activation is None else tensors | {"input_scale": ((1,), torch.float32)}
+
+
+def to_packed(layer: Any, packed_class: type[PackedLayer], spec: LayerSpec) -> None:
+    """Turn a float layer into `packed_class` in place, with empty buffers for a checkpoint to fill."""
+    device, dtype = layer.weight.device, layer.weight.dtype
+    tensors = {
+        name: torch.empty(shape, dtype=kind, device=device) for name, (shape, kind) in packed_tensors(spec).items()
+    }
+    _become_packed(layer, packed_class, spec, dtype, tensors)
+
+
+def pack_layer(layer: TrainingLayer, packed_class: type[PackedLayer]) -> None:
+    """Turn a layer that trained into `packed_class` in place."""
+    spec = layer.layer_spec()
+    tensors = {
+        "weight_packed": pack(layer.weight_quantizer.levels(layer.weight), spec.weight.bits),
+        "weight_scale": layer.weight_quantizer.alpha(),
+        "weight_shape": torch.tensor(spec.weight.shape, device=layer.weight.device),
+    }
+    if layer.input_quantizer is not None:
+        spec = LayerSpec(spec.weight, layer.input_quantizer.resolved_spec())
+        tensors["input_scale"] = layer.input_quantizer.alpha()
+    dtype = layer.weight.dtype
+    del layer.weight_quantizer, layer.input_quantizer
+    _become_packed(layer, packed_class, spec, dtype, tensors)
+
+
+def _become_packed(
+    layer: Any, packed_class: type[PackedLayer], spec: LayerSpec, dtype: torch.dtype, tensors: dict[str, Tensor]
+) -> None:
+    del layer.weight
+    layer.__class__ = packed_class
+    for name, tensor in tensors.items():
+        layer.register_buffer(name, tensor)
+    layer.spec, layer.dtype = spec, dtype
+    layer._is_hf_initialized = True

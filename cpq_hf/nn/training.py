@@ -1,0 +1,98 @@
+"""Layers that train: the float layer with its weight, and where asked for its input, put on the grid in forward.
+
+Each is a subclass of the float layer and keeps its parameter names, so `isinstance` checks, initialisation and float
+checkpoints work as before. A layer is converted in place by [`to_training`], by swapping its class.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import CPQError
+from ..quantizer import ActivationQuantizer, WeightQuantizer
+from ..spec import LayerSpec
+
+
+class TrainingLayer(nn.Module):
+    """What all layers that train share: `weight`, `weight_quantizer`, `input_quantizer` (or None)."""
+
+    weight: Tensor
+    weight_quantizer: WeightQuantizer
+    input_quantizer: ActivationQuantizer | None
+
+    def quantized_weight(self) -> Tensor:
+        """The weight on the grid, shape and dtype of `weight`."""
+        return self.weight_quantizer(self.weight)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """The input on the grid, or as it is where activations are not quantized."""
+        return x if self.input_quantizer is None else self.input_quantizer(x)
+
+    def layer_spec(self) -> LayerSpec:
+        """How this layer is quantized."""
+        activation = None if self.input_quantizer is None else self.input_quantizer.spec
+        return LayerSpec(self.weight_quantizer.spec, activation)
+
+
+class CPQLinear(TrainingLayer, nn.Linear):
+    """`nn.Linear` on the grid."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
+
+
+class CPQConv2d(TrainingLayer, nn.Conv2d):
+    """`nn.Conv2d` on the grid; any stride, dilation, groups and padding mode."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+
+
+class CPQConv1D(TrainingLayer, Conv1D):  # type: ignore[misc]
+    """transformers' `Conv1D` (a linear layer with its weight stored `[in, out]`) on the grid."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv1d_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
+
+
+class FixedVocabulary(nn.Module):
+    """An embedding with one step size a row cannot be resized; transformers would do it by assigning this size."""
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.layer_spec().weight.rows  # type: ignore[operator, union-attr]
+
+    @num_embeddings.setter
+    def num_embeddings(self, value: int) -> None:
+        raise CPQError(
+            f"a quantized embedding of {self.num_embeddings} rows cannot be resized to {value}; call "
+            "`resize_token_embeddings` on the float model, then prepare it"
+        )
+
+
+class CPQEmbedding(FixedVocabulary, TrainingLayer, nn.Embedding):  # type: ignore[misc]
+    """`nn.Embedding` on the grid; a row is a channel."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.quantized_weight()
+        return F.embedding(input, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+
+
+def conv1d_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`[..., in] @ [in, out] + [out] -> [..., out]`."""
+    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
+
+
+def to_training(layer: Any, training_class: type[TrainingLayer], spec: LayerSpec, min_bits: int, name: str) -> None:
+    """Turn a float layer into `training_class` in place. Its step sizes still have to be initialized or loaded."""
+    device = layer.weight.device
+    layer.__class__ = training_class
+    layer.register_module("weight_quantizer", WeightQuantizer(spec.weight, min_bits, device))
+    activation = spec.activation
+    quantizer = None if activation is None else ActivationQuantizer(activation, device, name)
+    layer.register_module("input_quantizer", quantizer)

@@ -1,0 +1,140 @@
+"""Say which modules of a model are quantized and how: the fields of a config, validated, and its name patterns."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+from .errors import CPQError
+from .grid import MAX_NOISE, MIN_NOISE
+from .spec import MIN_BITS, ActivationSpec, LayerSpec, WeightSpec, check_bits, check_granularity
+
+OVERRIDABLE = ("weight_bits", "activation_bits", "granularity", "group_size")
+
+
+@dataclass
+class QuantizationPlan:
+    """The settings of a quantized model. `CPQConfig` is this plus what transformers needs; its docstring explains
+    the fields."""
+
+    weight_bits: int = 4
+    activation_bits: int | None = None
+    granularity: str = "channel"
+    group_size: int = 128
+    min_bits: int = MIN_BITS
+    dropbits: float = 0.1
+    noise_start: float = 1 / 3
+    noise_end: float = 0.1
+    quantize_embeddings: bool = False
+    modules_to_not_convert: list[str] | None = None
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise `CPQError` on the first field that breaks its rule."""
+        _check_tensor_fields({name: getattr(self, name) for name in OVERRIDABLE})
+        check_bits(self.min_bits, "min_bits")
+        if self.min_bits > self.weight_bits:
+            raise CPQError(f"`min_bits` (={self.min_bits}) is above `weight_bits` (={self.weight_bits}); lower it")
+        _check_number("dropbits", self.dropbits, 0.0, 0.9)
+        for name in ("noise_start", "noise_end"):
+            _check_number(name, getattr(self, name), MIN_NOISE, MAX_NOISE)
+        if not isinstance(self.quantize_embeddings, bool):
+            raise CPQError(f"`quantize_embeddings` must be true or false, got {self.quantize_embeddings!r}")
+        skipped = self.modules_to_not_convert
+        if skipped is not None and (isinstance(skipped, str) or not all(isinstance(item, str) for item in skipped)):
+            raise CPQError(f"`modules_to_not_convert` must be a list of module names or patterns, got {skipped!r}")
+        if not isinstance(self.overrides, dict):
+            raise CPQError(
+                f"`overrides` must map patterns to fields, as in {{'classifier': {{'weight_bits': 8}}}}; "
+                f"got {self.overrides!r}"
+            )
+        for pattern, changes in self.overrides.items():
+            if not isinstance(pattern, str) or not isinstance(changes, dict):
+                raise CPQError(f"`overrides[{pattern!r}]` must be a dict of fields, got {changes!r}")
+            for name in changes:
+                if name not in OVERRIDABLE:
+                    raise CPQError(
+                        f"`overrides[{pattern!r}]` has the field {name!r}; a module can override "
+                        f"{', '.join(OVERRIDABLE)}{suggest(name, OVERRIDABLE)}"
+                    )
+            try:
+                _check_tensor_fields(changes)
+            except CPQError as error:
+                raise CPQError(f"in `overrides[{pattern!r}]`: {error}") from error
+
+    def layer_spec(self, name: str, shape: tuple[int, ...], transposed: bool, has_float_input: bool) -> LayerSpec:
+        """How the module `name` with a weight of this shape is quantized; later overrides win."""
+        settings = {key: getattr(self, key) for key in OVERRIDABLE}
+        for pattern, changes in self.overrides.items():
+            if matches(pattern, name):
+                settings |= changes
+        grouped = settings["granularity"] == "group"
+        weight = WeightSpec(
+            shape,
+            bits=settings["weight_bits"],
+            granularity=settings["granularity"],
+            group_size=settings["group_size"] if grouped else None,
+            transposed=transposed,
+        )
+        bits = settings["activation_bits"] if has_float_input else None
+        return LayerSpec(weight, None if bits is None else ActivationSpec(bits))
+
+    def overridden(self, name: str) -> bool:
+        """Whether some override names this module."""
+        return any(matches(pattern, name) for pattern in self.overrides)
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        return tuple(item.name for item in fields(QuantizationPlan))
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether `pattern` means the module `name`.
+
+    With a wildcard (`*`, `?`, `[`) it is `fnmatch` on the whole dotted name. A plain name means the module itself, a
+    module whose dotted name ends in it, and everything inside either, as in transformers.
+    """
+    if any(character in pattern for character in "*?["):
+        return fnmatchcase(name, pattern)
+    return f".{pattern}." in f".{name}."
+
+
+def check_patterns(field_name: str, patterns: Iterable[str], names: list[str]) -> None:
+    """Raise on a pattern that matches none of `names`, listing near misses."""
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name in names):
+            raise CPQError(
+                f"the pattern {pattern!r} in `{field_name}` matches no module that could be quantized"
+                f"{suggest(pattern, names) or f'; there are {len(names)}: ' + ', '.join(names[:5]) + ' ...'}"
+            )
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean ...?"` with the nearest of `known`, or nothing."""
+    known = list(known)
+    tails = {name.rsplit(".", depth)[-depth]: name for name in known for depth in (1, 2) if name.count(".") >= depth}
+    plain = word.strip("*.?")
+    close = [name for name in known if plain and plain in name][:5]
+    for candidate in difflib.get_close_matches(plain, [*known, *tails], n=5, cutoff=0.6):
+        name = tails.get(candidate, candidate)
+        if name not in close:
+            close.append(name)
+    return f"; did you mean {', '.join(map(repr, close[:5]))}?" if close else ""
+
+
+def _check_tensor_fields(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if name == "weight_bits" or (name == "activation_bits" and value is not None):
+            check_bits(value, name)
+        elif name == "granularity":
+            check_granularity(value, name)
+        elif name == "group_size" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise CPQError(f"`group_size` must be a positive integer, got {value!r}")
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise CPQError(f"`{name}` must be a number from {low:g} to {high:g}, got {value!r}")

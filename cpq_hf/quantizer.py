@@ -1,0 +1,271 @@
+"""The learnable quantizer of one tensor: its parameters, its place in the schedule, and calls into the grid.
+
+Parameters are float32 whatever the model's dtype (`_apply` refuses to cast them), have at least one dimension (FSDP2
+shards no scalars) and are found in every graph. The step size is stored as its logarithm, so no update can make it
+negative. Its gradient is scaled by `1/sqrt(N * hi)` with `N` the elements that share it (Esser et al., "Learned Step
+Size Quantization", ICLR 2020), so that it moves at the pace of the weights.
+
+`noise` and `drop_rate` are tensors, not Python numbers, so that a schedule that moves every step recompiles nothing;
+they are not saved, because they follow from the progress of training alone.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import grid
+from .errors import CPQError
+from .spec import ActivationSpec, WeightSpec, level_bounds
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):  # type: ignore[no-untyped-def]
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad * ctx.factor, None
+
+
+class Quantizer(nn.Module):
+    """What the quantizers of weights and of activations share.
+
+    Args:
+        scale_shape (`tuple[int, ...]`): Shape of `log_alpha`.
+        device (`torch.device`): Where the parameters live; the meta device while a checkpoint loads.
+    """
+
+    noise: Tensor
+    drop_rate: Tensor
+
+    def __init__(self, scale_shape: tuple[int, ...], device: torch.device) -> None:
+        super().__init__()
+        self.log_alpha = nn.Parameter(torch.zeros(scale_shape, dtype=torch.float32, device=device))
+        self.register_buffer("noise", torch.zeros(1, dtype=torch.float32, device=device), persistent=False)
+
+    def alpha(self) -> Tensor:
+        """Step size, shape of `log_alpha`, without gradient."""
+        return self.log_alpha.detach().exp()
+
+    def _learned_alpha(self, elements: float, bits: int, signed: bool) -> Tensor:
+        hi = level_bounds(bits, signed)[1]
+        return _ScaleGradient.apply(self.log_alpha, 1 / math.sqrt(max(1.0, elements) * hi)).exp()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class WeightQuantizer(Quantizer):
+    """Quantizes a weight; under training, with DropBits while `dropping` is set.
+
+    Args:
+        spec (`WeightSpec`): Bit-width, granularity and shape.
+        min_bits (`int`): Bits that DropBits never drops.
+        device (`torch.device`): Device of the weight.
+    """
+
+    def __init__(self, spec: WeightSpec, min_bits: int, device: torch.device) -> None:
+        super().__init__(spec.scale_shape, device)
+        self.spec = spec
+        self.min_bits = min(min_bits, spec.bits)
+        self.dropping = False
+        self.register_buffer("drop_rate", torch.zeros(1, dtype=torch.float32, device=device), persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Weight of any floating dtype -> the same shape and dtype, on the grid."""
+        spec = self.spec
+        alpha = _broadcastable(self._learned_alpha(spec.elements_per_scale, spec.bits, signed=True))
+        grouped = to_grouped(weight, spec)
+        if self.training and self.dropping and self.min_bits < spec.bits:
+            keep = (1 - self.drop_rate).expand(spec.bits - self.min_bits).cumprod(0)
+            quantized = grid.fake_quantize_dropped(grouped, alpha, self.noise, keep, spec.bits, True, self.min_bits)
+        else:
+            quantized = grid.fake_quantize(grouped, alpha, self.noise, spec.bits, signed=True)
+        return from_grouped(quantized, spec)
+
+    @torch.no_grad()
+    def initialize(self, weight: Tensor) -> None:
+        """Set the step size to the one with the least squared rounding error of `weight`."""
+        rows = to_grouped(weight, self.spec)
+        if self.spec.granularity == "tensor":
+            rows = rows.reshape(1, 1, -1)
+        alpha = grid.least_squares_alpha(rows, self.spec.bits, signed=True)
+        self.log_alpha.copy_(alpha.log().reshape(self.log_alpha.shape))
+
+    @torch.no_grad()
+    def levels(self, weight: Tensor) -> Tensor:
+        """Integer levels of `weight` as the packed form stores them: int8 `[rows, columns]`."""
+        grouped = to_grouped(weight, self.spec)
+        levels = grid.nearest_levels(grouped, _broadcastable(self.alpha()), self.spec.bits, signed=True)
+        return levels.flatten(1).to(torch.int8)
+
+    @torch.no_grad()
+    def cluster_distance(self, weight: Tensor) -> Tensor:
+        """Mean distance to the nearest level, in steps, of the weights inside the grid: 0.25 if spread evenly."""
+        v = to_grouped(weight, self.spec).float() / _broadcastable(self.alpha())
+        lo, hi = self.spec.bounds
+        inside = (v > lo - 0.5) & (v < hi + 0.5)
+        return ((v - v.round()).abs() * inside).sum() / inside.sum().clamp(min=1)
+
+    def extra_repr(self) -> str:
+        group = f", group_size={self.spec.group_size}" if self.spec.group_size else ""
+        return f"bits={self.spec.bits}, granularity={self.spec.granularity}{group}"
+
+
+class ActivationQuantizer(Quantizer):
+    """Quantizes a layer's input with one step size; whether it is signed is found from data.
+
+    Until calibrated it lets values pass in evaluation, and calibrates itself on the first batch it sees in training
+    (over all processes, so that they share one grid). `signed` is a parameter without gradient: NaN until calibrated,
+    then 0 or 1. It travels with every checkpoint, and FSDP and DDP treat it like any parameter.
+
+    Args:
+        spec (`ActivationSpec`): Bit-width.
+        device (`torch.device`): Device of the layer.
+        name (`str`): Dotted name of the layer, for error messages.
+    """
+
+    def __init__(self, spec: ActivationSpec, device: torch.device, name: str = "") -> None:
+        super().__init__((1,), device)
+        self.spec = spec
+        self.name = name
+        self.signed = nn.Parameter(torch.full((1,), math.nan, device=device, dtype=torch.float32), requires_grad=False)
+        self._known_signed: bool | None = None  # what `signed` says, so that a step reads no tensor
+        self._samples: list[Tensor] | None = None  # not None while calibration collects
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input of any floating dtype -> the same shape and dtype, on the grid."""
+        if self._samples is not None:
+            self._samples.append(_sample(x))
+            return x
+        if not self.calibrated:
+            if not self.training:
+                warnings.warn(
+                    "activation quantizers are not calibrated yet, activations pass in full precision: run a training "
+                    "step or `cpq_hf.calibrate_model(model, batches)` first",
+                    stacklevel=2,
+                )
+                return x
+            self.fit([_sample(x)])
+            if not self.calibrated:  # nothing but zeros so far
+                return x
+        signed = bool(self._known_signed)
+        elements = x.numel() / max(1, x.shape[0])
+        alpha = self._learned_alpha(elements, self.spec.bits, signed)
+        return grid.fake_quantize(x, alpha, self.noise, self.spec.bits, signed)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the range is known."""
+        if self._known_signed is None and not self.signed.is_meta:
+            value = self.signed.item()
+            self._known_signed = None if math.isnan(value) else value > 0
+        return self._known_signed is not None
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to where nothing is known of the data."""
+        self.log_alpha.zero_()
+        self.signed.fill_(math.nan)
+        self._known_signed = None
+
+    def collect(self) -> None:
+        """From now on, record samples of the input and let it pass."""
+        self._samples = []
+
+    def discard_collected(self) -> None:
+        """End `collect` without a change."""
+        self._samples = None
+
+    def fit_collected(self) -> None:
+        """End `collect` and fit the grid to what was recorded."""
+        samples, self._samples = self._samples or [], None
+        self.fit(samples)
+
+    @torch.no_grad()
+    def fit(self, samples: list[Tensor]) -> None:
+        """Choose sign and step size by least squares on samples, from all processes where there are several."""
+        sample = _sample(torch.cat(samples) if samples else self.signed.new_zeros(1))
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            gathered = [torch.empty_like(sample) for _ in range(dist.get_world_size())]
+            dist.all_gather(gathered, sample)
+            sample = torch.cat(gathered)
+        if not bool(torch.isfinite(sample).all()):
+            raise CPQError(
+                f"the input of `{self.name}` is NaN or infinite in calibration; check the batch and the float model"
+            )
+        if not bool(sample.any()):
+            return
+        signed = bool((sample < 0).any())
+        alpha = grid.least_squares_alpha(sample[None], self.spec.bits, signed)
+        self.log_alpha.copy_(alpha.log().view(1))
+        self.signed.fill_(float(signed))
+        self._known_signed = signed
+
+    def resolved_spec(self) -> ActivationSpec:
+        """The spec with its sign filled in; raises `CPQError` before calibration."""
+        if not self.calibrated:
+            raise CPQError(
+                f"the activations of `{self.name}` were never calibrated: train a step or run "
+                "`cpq_hf.calibrate_model` first"
+            )
+        return ActivationSpec(self.spec.bits, self._known_signed)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._known_signed = None
+
+    def extra_repr(self) -> str:
+        return f"bits={self.spec.bits}, signed={self._known_signed}"
+
+
+def to_grouped(weight: Tensor, spec: WeightSpec) -> Tensor:
+    """Weight -> view `[rows, groups, columns/groups]`."""
+    matrix = weight.t() if spec.transposed else weight.flatten(1)
+    return matrix.unflatten(1, (spec.groups, -1))
+
+
+def from_grouped(grouped: Tensor, spec: WeightSpec) -> Tensor:
+    """Inverse of [`to_grouped`], contiguous."""
+    matrix = grouped.flatten(1)
+    return matrix.t().contiguous() if spec.transposed else matrix.view(spec.shape)
+
+
+def _broadcastable(alpha: Tensor) -> Tensor:
+    """`[1]` -> `[1, 1, 1]`; `[rows, groups]` -> `[rows, groups, 1]`."""
+    return alpha.view(1, 1, 1) if alpha.dim() == 1 else alpha.unsqueeze(-1)
+
+
+SAMPLE_SIZE = 1 << 16
+
+
+def _sample(x: Tensor) -> Tensor:
+    """A fixed number of values of `x`, always the same places for one size, its smallest and largest among them.
+
+    Padding with zeros is neutral: zero is on every grid. The generator is a private one, so that calibration leaves
+    the random numbers of training alone.
+    """
+    flat = x.detach().flatten().float()
+    sample = flat.new_zeros(SAMPLE_SIZE + 2)
+    if flat.numel() == 0:
+        return sample
+    if flat.numel() <= SAMPLE_SIZE:
+        sample[: flat.numel()] = flat
+    else:
+        places = torch.randint(flat.numel(), (SAMPLE_SIZE,), generator=torch.Generator().manual_seed(0))
+        sample[:SAMPLE_SIZE] = flat[places.to(flat.device)]
+        sample[SAMPLE_SIZE:] = torch.stack([flat.min(), flat.max()])
+    return sample

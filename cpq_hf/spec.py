@@ -1,0 +1,163 @@
+"""Describe how one tensor is quantized: frozen, self-validating, free of tensors.
+
+A weight of any layer type is seen as a matrix `[rows, columns]`, `rows` being output channels. Each row is cut into
+`groups` of equal length that share one step size `alpha`:
+
+| granularity | groups a row | shape of alpha       |
+|-------------|--------------|----------------------|
+| `tensor`    | 1            | `[1]`                |
+| `channel`   | 1            | `[rows, 1]`          |
+| `group`     | columns / group_size | `[rows, groups]` |
+
+These are the shapes under which `weight_scale` is stored in a packed checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from .errors import CPQError
+
+MIN_BITS, MAX_BITS = 2, 8
+GRANULARITIES = ("tensor", "channel", "group")
+
+
+def check_bits(value: object, field: str = "bits") -> None:
+    """Raise unless `value` is a bit-width this package knows (an integer from 2 to 8)."""
+    if isinstance(value, bool) or not isinstance(value, int) or not MIN_BITS <= value <= MAX_BITS:
+        raise CPQError(f"`{field}` must be an integer from {MIN_BITS} to {MAX_BITS}, got {value!r}")
+
+
+def level_bounds(bits: int, signed: bool) -> tuple[int, int]:
+    """First and last level of the grid, `(lo, hi)`."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """How one weight tensor is quantized.
+
+    Args:
+        shape (`tuple[int, ...]`): Shape of the float weight.
+        bits (`int`): Bit-width, 2 to 8. Weights use the signed grid `-2^(bits-1) .. 2^(bits-1)-1`.
+        granularity (`str`): What shares a step size: `"tensor"`, `"channel"` (a row) or `"group"` (part of a row).
+        group_size (`int`, *optional*): Columns per group; only with `granularity="group"`.
+        transposed (`bool`): The weight is stored `[in, out]`, as transformers' `Conv1D` does.
+
+    Raises:
+        CPQError: On bits outside 2..8, an unknown granularity, or a group size that does not divide the columns.
+    """
+
+    shape: tuple[int, ...]
+    bits: int = 4
+    granularity: str = "channel"
+    group_size: int | None = None
+    transposed: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
+        check_bits(self.bits)
+        check_granularity(self.granularity)
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise CPQError(
+                f"`group_size` (={self.group_size}) goes with `granularity='group'` and only with it; "
+                f"`granularity` is {self.granularity!r}"
+            )
+        if self.group_size is not None and (self.group_size < 1 or self.columns % self.group_size):
+            divisors = [size for size in range(self.columns, 0, -1) if self.columns % size == 0]
+            near = sorted(divisors, key=lambda size: abs(math.log(size / max(1, self.group_size or 1))))[:3]
+            raise CPQError(
+                f"`group_size` (={self.group_size}) does not divide the {self.columns} input features of a weight of "
+                f"shape {list(self.shape)}; choose {', '.join(map(str, near))}, or `granularity='channel'` for this "
+                "layer through `overrides`"
+            )
+
+    @property
+    def rows(self) -> int:
+        return self.shape[1] if self.transposed else self.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.shape[0] if self.transposed else math.prod(self.shape[1:])
+
+    @property
+    def groups(self) -> int:
+        return self.columns // self.group_size if self.group_size is not None else 1
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        return (1,) if self.granularity == "tensor" else (self.rows, self.groups)
+
+    @property
+    def elements_per_scale(self) -> int:
+        return self.numel // max(1, math.prod(self.scale_shape))
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        return level_bounds(self.bits, signed=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"shape": list(self.shape)}
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """How one activation tensor is quantized: a single step size, signed or unsigned as found from data.
+
+    Args:
+        bits (`int`): Bit-width, 2 to 8.
+        signed (`bool`, *optional*): Grid `-2^(bits-1) .. 2^(bits-1)-1` if true, `0 .. 2^bits-1` if false; `None`
+            until calibration has seen data.
+    """
+
+    bits: int
+    signed: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        if self.signed is None:
+            raise CPQError("the range of this activation is unknown; calibrate the model first")
+        return level_bounds(self.bits, self.signed)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """How one layer is quantized: its weight and, where asked for, its input."""
+
+    weight: WeightSpec
+    activation: ActivationSpec | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"weight": self.weight.to_dict(), "activation": self.activation and self.activation.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> LayerSpec:
+        """Read what `to_dict` wrote; anything else is a `CPQError`."""
+        try:
+            activation = data["activation"]
+            weight = WeightSpec(**data["weight"])
+            return cls(weight, None if activation is None else ActivationSpec(**activation))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CPQError(f"not a description of a quantized layer: {data!r}") from error
+
+    def with_signed(self, signed: bool) -> LayerSpec:
+        """The same layer with the range of its input known."""
+        return self if self.activation is None else replace(self, activation=replace(self.activation, signed=signed))
+
+
+def check_granularity(value: object, field: str = "granularity") -> None:
+    """Raise unless `value` names a granularity."""
+    if value not in GRANULARITIES:
+        raise CPQError(f"`{field}` must be one of {', '.join(map(repr, GRANULARITIES))}, got {value!r}")

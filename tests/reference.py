@@ -1,0 +1,53 @@
+"""The method as the textbook has it: with a grid dimension and autograd, slow and obvious. Float64 only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cpq_hf.spec import level_bounds
+
+
+def fake_quantize(
+    x: Tensor, alpha: Tensor, noise: Tensor, bits: int, signed: bool, drawn: Tensor | None = None
+) -> Tensor:
+    """One-hot of the mode forward, the cell probabilities backward; `drawn` narrows the grid per element."""
+    lo, hi = level_bounds(bits, signed)
+    levels = torch.arange(lo, hi + 1, dtype=x.dtype)
+    v = (x / alpha)[..., None]
+    if drawn is None:
+        first, last = torch.full_like(v, lo), torch.full_like(v, hi)
+    else:
+        pairs = torch.tensor([level_bounds(int(k), signed) for k in drawn.flatten()], dtype=x.dtype)
+        first, last = pairs.view(*x.shape, 2).split(1, dim=-1)
+    inside = (levels >= first) & (levels <= last)
+    above = torch.sigmoid((levels + 0.5 - v) / noise)
+    below = torch.sigmoid((levels - 0.5 - v) / noise)
+    above = torch.where(levels == last, torch.ones_like(above), above)  # the last cells reach to infinity
+    below = torch.where(levels == first, torch.zeros_like(below), below)
+    probabilities = torch.where(inside, above - below, 0)
+    mode = torch.round(v.detach()).clamp(first, last)
+    one_hot = (levels == mode).to(x.dtype)
+    straight_through = one_hot + probabilities - probabilities.detach()
+    return alpha * (straight_through * levels).sum(-1)
+
+
+def mean_over_draws(x: Tensor, alpha: Tensor, keep: Tensor, bits: int, signed: bool) -> Tensor:
+    """Mean of the forward value under DropBits, differentiable in `keep`: alpha (c_min + sum_j P_j (c_j - c_{j-1}))."""
+    min_bits = bits - keep.numel()
+    n = torch.round(x / alpha)
+    clamped = [n.clamp(*level_bounds(k, signed)) for k in range(min_bits, bits + 1)]
+    total = clamped[0]
+    for probability, here, below in zip(keep, clamped[1:], clamped[:-1], strict=True):
+        total = total + probability * (here - below)
+    return alpha * total
+
+
+def expected_level_slope(v: Tensor, noise: float, bits: int, signed: bool) -> Tensor:
+    """D(v) by the full sum over all boundaries."""
+    lo, hi = level_bounds(bits, signed)
+    total = torch.zeros_like(v)
+    for j in range(lo, hi):
+        p = torch.sigmoid((v - j - 0.5) / noise)
+        total = total + p * (1 - p)
+    return total / noise

@@ -1,0 +1,204 @@
+"""Packed checkpoints that were damaged: every damage is an error that names file and layer, on checking and loading."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from models import auto_class, build, inputs, logits
+from safetensors.torch import load_file, save_file
+
+from cpq_hf import CPQConfig, CPQError, calibrate_model, pack_model, prepare_model, verify_checkpoint
+
+LAYER = "vit.encoder.layer.0.intermediate.dense"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("packed")
+    model = prepare_model(build("vit"), CPQConfig(weight_bits=3, activation_bits=8))
+    calibrate_model(model, [inputs("vit")])
+    pack_model(model).save_pretrained(folder)
+    layers = json.loads((folder / "config.json").read_text())["quantization_config"]["layers"]
+    global LAYER
+    LAYER = [name for name in layers if "intermediate" in name or "fc1" in name][0]  # noqa: RUF015
+    return folder
+
+
+@pytest.fixture
+def copy(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def edit_tensors(folder: Path, edit) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, edit) -> None:
+    stored = json.loads((folder / "config.json").read_text())
+    edit(stored["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(stored))
+
+
+def flip_bit(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 4
+    file.write_bytes(data)
+
+
+def truncate(folder: Path, to: float) -> None:
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[: int(len(data) * to)])
+
+
+DAMAGES = {
+    "bit flip": (flip_bit, r"model.safetensors: `.*` of layer `.*` was altered"),
+    "truncated": (lambda f: truncate(f, 0.7), r"model.safetensors: truncated or not a safetensors file"),
+    "only a piece of the header": (lambda f: truncate(f, 0.01), r"model.safetensors: truncated or not a safetensors"),
+    "empty file": (lambda f: truncate(f, 0), r"model.safetensors: truncated or not a safetensors file"),
+    "words missing": (
+        lambda f: edit_tensors(f, lambda t: t.pop(f"{LAYER}.weight_packed")),
+        r"model.safetensors: `.*weight_packed` of quantized layer `.*` is missing",
+    ),
+    "a bias missing": (
+        lambda f: edit_tensors(f, lambda t: t.pop(f"{LAYER}.bias")),
+        r"model.safetensors: `.*bias` of quantized layer `.*` is missing",
+    ),
+    "a norm missing": (
+        lambda f: edit_tensors(f, lambda t: t.pop("vit.layernorm.weight")),
+        r"model.safetensors: `vit.layernorm.weight` of layer `vit.layernorm` is missing",
+    ),
+    "scale altered": (
+        lambda f: edit_tensors(f, lambda t: t[f"{LAYER}.weight_scale"].mul_(1.001)),
+        r"`.*weight_scale` of layer `.*` was altered",
+    ),
+    "float weight altered": (
+        lambda f: edit_tensors(f, lambda t: t["classifier.weight"].add_(1)),
+        r"`classifier.weight` of layer `classifier` was altered",
+    ),
+    "other shape": (
+        lambda f: edit_tensors(f, lambda t: t.update({f"{LAYER}.weight_scale": torch.ones(3, 1)})),
+        r"`.*weight_scale` of layer `.*` is F32 \[3, 1\], config.json calls for F32 \[48, 1\]",
+    ),
+    "other dtype": (
+        lambda f: edit_tensors(
+            f, lambda t: t.update({f"{LAYER}.weight_packed": t[f"{LAYER}.weight_packed"].float()})
+        ),
+        r"`.*weight_packed` of layer `.*` is F32 .*, config.json calls for I32",
+    ),
+    "a tensor too many": (
+        lambda f: edit_tensors(f, lambda t: t.update({"stranger.weight": torch.ones(2)})),
+        r"`stranger.weight` of layer `stranger` is not listed in config.json",
+    ),
+    "layers swapped": (
+        lambda f: edit_tensors(
+            f,
+            lambda t: t.update(
+                {f"{LAYER}.weight_scale": t[f"{LAYER}.bias"], f"{LAYER}.bias": t[f"{LAYER}.weight_scale"]}
+            ),
+        ),
+        r"of layer `.*` (is F32|was altered)",
+    ),
+    "other bits in the config": (
+        lambda f: edit_config(f, lambda c: c["layers"][LAYER]["weight"].update(bits=4)),
+        r"`.*weight_packed` of layer `.*` is I32 \[48, 3\], config.json calls for I32 \[48, 4\]",
+    ),
+    "layer missing from the config": (
+        lambda f: edit_config(f, lambda c: c["layers"].pop(LAYER)),
+        r"layer `.*` is packed, but config.json does not list it",
+    ),
+    "no table of layers": (lambda f: edit_config(f, lambda c: c.update(layers=None)), "no table of `layers`"),
+    "no checksums": (lambda f: edit_config(f, lambda c: c.pop("checksums")), "no `checksums`"),
+    "newer layout": (
+        lambda f: edit_config(f, lambda c: c.update(format_version=7)),
+        "layout version 7, this cpq_hf reads version 1",
+    ),
+    "unknown field": (lambda f: edit_config(f, lambda c: c.update(surprise=1)), "CPQConfig has no field 'surprise'"),
+    "impossible bits": (
+        lambda f: edit_config(f, lambda c: c["layers"][LAYER]["weight"].update(bits=77)),
+        r"in the table of quantized layers in config.json: `bits` must be an integer from 2 to 8, got 77",
+    ),
+}
+
+
+def test_whole_checkpoint(whole):
+    found = verify_checkpoint(whole)
+    assert found["files"] == ["model.safetensors"]
+    assert found["layers"] == 13
+    assert found["bytes"] == (whole / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found(damage, copy):
+    function, message = DAMAGES[damage]
+    function(copy)
+    with pytest.raises(CPQError, match=message):
+        verify_checkpoint(copy)
+    with pytest.raises(CPQError, match=message):
+        auto_class("vit").from_pretrained(copy)
+    with pytest.raises(CPQError, match=message):
+        auto_class("vit").from_pretrained(copy, ignore_mismatched_sizes=True)
+
+
+def test_missing_files(copy):
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(CPQError, match=r"model.safetensors: no such file"):
+        verify_checkpoint(copy)
+    (copy / "config.json").write_text("{")
+    with pytest.raises(CPQError, match=r"config.json: not valid JSON"):
+        verify_checkpoint(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(CPQError, match=r"config.json: no such file"):
+        verify_checkpoint(copy)
+
+
+def test_checkpoints_of_another_kind(tmp_path):
+    model = build("vit")
+    model.save_pretrained(tmp_path / "float")
+    with pytest.raises(CPQError, match="not a CPQ checkpoint"):
+        verify_checkpoint(tmp_path / "float")
+    prepare_model(model, CPQConfig()).save_pretrained(tmp_path / "training")
+    with pytest.raises(CPQError, match="was saved during training, it is not packed"):
+        verify_checkpoint(tmp_path / "training")
+
+
+@pytest.fixture
+def sharded(whole, tmp_path) -> Path:
+    model = auto_class("vit").from_pretrained(whole)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
+    return tmp_path / "sharded"
+
+
+def test_sharded(sharded, whole):
+    assert len(verify_checkpoint(sharded)["files"]) > 1
+    cls, batch = auto_class("vit"), inputs("vit")
+    assert torch.equal(logits(cls.from_pretrained(sharded), batch), logits(cls.from_pretrained(whole), batch))
+
+
+def test_missing_and_foreign_shards(sharded):
+    shards = sorted(sharded.glob("model-*.safetensors"))
+    content = shards[1].read_bytes()
+    shards[1].unlink()
+    for check in (verify_checkpoint, auto_class("vit").from_pretrained):
+        with pytest.raises(CPQError, match=rf"{shards[1].name}: no such file"):
+            check(sharded)
+    shards[1].write_bytes(shards[0].read_bytes())
+    for check in (verify_checkpoint, auto_class("vit").from_pretrained):
+        with pytest.raises(CPQError, match="is stored a second time"):
+            check(sharded)
+    shards[1].write_bytes(content)
+    index = sharded / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(shards[1].name, "../elsewhere.safetensors"))
+    with pytest.raises(CPQError, match="is not a plain file name"):
+        verify_checkpoint(sharded)
+    index.write_text("[]")
+    with pytest.raises(CPQError, match="not a valid index of weight files"):
+        verify_checkpoint(sharded)

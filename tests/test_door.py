@@ -1,0 +1,263 @@
+"""`from_pretrained` on float, training and packed checkpoints of real architectures."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import NAMES, auto_class, build, inputs, logits
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from cpq_hf import (
+    CPQConfig,
+    CPQController,
+    CPQError,
+    calibrate_model,
+    pack_model,
+    prepare_model,
+    summarize,
+    verify_checkpoint,
+)
+
+# the one warning that a model of the test set gives by itself: GPT-2's config has no loss type
+EXPECTED_LOGS = ("`loss_type=None` was set",)
+
+
+@pytest.fixture
+def records(caplog):
+    """What transformers logs at warning level, its report of missing and unexpected tensors included."""
+    library = logging.getLogger("transformers")
+    library.addHandler(caplog.handler)
+    caplog.set_level(logging.WARNING, logger="transformers")
+    yield lambda: [r.getMessage() for r in caplog.records if not r.getMessage().startswith(EXPECTED_LOGS)]
+    library.removeHandler(caplog.handler)
+
+
+def train_two_steps(model: nn.Module, name: str) -> None:
+    """Two steps of SGD; every trainable parameter has to move."""
+    model.train()
+    before = {key: value.detach().clone() for key, value in model.named_parameters() if value.requires_grad}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    controller = CPQController(model, optimizer, total_steps=2)
+    for step in range(2):
+        model(**inputs(name, seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    controller.detach()
+    still = [key for key, value in model.named_parameters() if key in before and torch.equal(value, before[key])]
+    assert not [key for key in still if not unused(model, key)], still
+
+
+def unused(model: nn.Module, key: str) -> bool:
+    """A parameter that the float model does not move in two steps either."""
+    # a key bias shifts all scores of a query alike, so softmax cancels it; what feeds only dead or unused paths
+    # has an exactly zero gradient in float as well
+    return key.endswith((".key.bias", "k_proj.bias")) or model.get_parameter(key).grad is None
+
+
+def reload(cls, path: Path, **kwargs):
+    return cls.from_pretrained(path, **kwargs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float_to_training_to_packed(name, tmp_path, records):
+    build(name).save_pretrained(tmp_path / "float")
+    cls, batch = auto_class(name), inputs(name, seed=9)
+    model = reload(cls, tmp_path / "float", quantization_config=CPQConfig(weight_bits=4, activation_bits=8))
+    assert not records()
+    train_two_steps(model, name)
+    trained = logits(model, batch)
+
+    model.save_pretrained(tmp_path / "training")
+    again = reload(cls, tmp_path / "training")
+    assert torch.equal(logits(again, batch), trained)
+    train_two_steps(again, name)
+
+    report = summarize(model).to_dict()
+    pack_model(model)
+    assert torch.equal(logits(model, batch), trained)
+    model.save_pretrained(tmp_path / "packed")
+    assert [file.suffix for file in (tmp_path / "packed").iterdir() if "json" not in file.suffix] == [".safetensors"]
+    verified = verify_checkpoint(tmp_path / "packed")
+    assert verified["layers"] == len(report["layers"])
+    assert torch.equal(logits(reload(cls, tmp_path / "packed"), batch), trained)
+    assert not records()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_quantized_by_default(name):
+    model = prepare_model(build(name), CPQConfig())
+    report = summarize(model).to_dict()
+    floats = set(report["not_quantized"])
+    head = {"bert": "classifier", "vit": "classifier", "resnet": "classifier.1", "gpt2": "lm_head"}
+    head |= {"llama": "lm_head", "llama-tied": "lm_head", "mobilenet-v2": "classifier", "convnext": "classifier"}
+    assert head[name] in floats
+    matrices = {n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) or "Conv1D" in str(type(m))}
+    assert matrices - set(report["layers"]) == {head[name]}
+    assert not {n for n, m in model.named_modules() if isinstance(m, nn.Embedding)} & set(report["layers"])
+
+
+def test_a_fresh_process_needs_only_the_import(tmp_path):
+    model = build("resnet")
+    batch = inputs("resnet")
+    prepare_model(model, CPQConfig(weight_bits=3, activation_bits=4))
+    calibrate_model(model, [batch])
+    expected = logits(model, batch)
+    pack_model(model)
+    model.save_pretrained(tmp_path / "packed")
+    torch.save({"batch": batch, "logits": expected}, tmp_path / "expected.pt")
+    script = (
+        "import sys, torch, cpq_hf; from transformers import AutoModelForImageClassification as Auto\n"
+        "torch.set_num_threads(1); folder = sys.argv[1]; expected = torch.load(folder + '/expected.pt')\n"
+        "model = Auto.from_pretrained(folder + '/packed')\n"
+        "with torch.no_grad(): got = model(pixel_values=expected['batch']['pixel_values']).logits\n"
+        "assert torch.equal(got, expected['logits'])"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "llama-tied", "resnet"])
+@pytest.mark.parametrize("device_map", ["cpu", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dtype_and_device_map(name, dtype, device_map, tmp_path):
+    build(name).save_pretrained(tmp_path / "float")
+    cls, batch = auto_class(name), inputs(name)
+    batch = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
+    options = {"dtype": dtype, "device_map": device_map}
+    model = reload(cls, tmp_path / "float", quantization_config=CPQConfig(activation_bits=8), **options)
+    for key, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if "quantizer" in key else dtype), key
+        assert parameter.device.type == "cpu"
+    model.train()
+    model(**batch).loss.backward()
+    trained = logits(model, batch)
+    for folder in ("training", "packed"):
+        if folder == "packed":
+            pack_model(model)
+        model.save_pretrained(tmp_path / folder)
+        again = reload(cls, tmp_path / folder, **options)
+        assert torch.equal(logits(again, batch), trained)
+        assert again.dtype == dtype
+    assert all(b.dtype == torch.float32 for key, b in again.named_buffers() if key.endswith("_scale"))
+
+
+def test_disk_offload_is_refused(tmp_path):
+    build("bert").save_pretrained(tmp_path)
+    with pytest.raises(CPQError, match="`device_map` offloads modules to disk"):
+        reload(auto_class("bert"), tmp_path, quantization_config=CPQConfig(), device_map={"bert": "cpu", "": "disk"})
+
+
+def test_a_new_head_is_the_only_thing_reported(tmp_path, records):
+    build("bert").bert.save_pretrained(tmp_path)
+    model = reload(AutoModelForSequenceClassification, tmp_path, quantization_config=CPQConfig(), num_labels=3)
+    report = "\n".join(records())
+    assert "classifier.weight" in report
+    assert "quantizer" not in report
+    assert "bert." not in report.replace("BertForSequenceClassification", "")
+    assert torch.isfinite(logits(model, inputs("bert"))).all()
+
+
+def test_head_and_base_model_load_each_other(tmp_path):
+    model = prepare_model(build("bert"), CPQConfig())
+    for folder in ("training", "packed"):
+        if folder == "packed":
+            pack_model(model)
+        model.save_pretrained(tmp_path / folder)
+        base = AutoModel.from_pretrained(tmp_path / folder)
+        ids = inputs("bert")["input_ids"]
+        with torch.no_grad():
+            assert torch.equal(base(ids).last_hidden_state, model.eval().bert(ids).last_hidden_state)
+
+
+def test_prepare_model_equals_from_pretrained(tmp_path):
+    build("vit").save_pretrained(tmp_path)
+    config = CPQConfig(weight_bits=3, granularity="group", group_size=16)
+    loaded = reload(auto_class("vit"), tmp_path, quantization_config=config)
+    in_hand = prepare_model(build("vit"), config)
+    assert loaded.state_dict().keys() == in_hand.state_dict().keys()
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, in_hand.state_dict()[key]), key
+    assert loaded.config.quantization_config == in_hand.config.quantization_config
+    assert config.layers is None  # the user's object is left as it was
+
+
+def test_embeddings_when_asked_for(tmp_path):
+    build("llama").save_pretrained(tmp_path / "float")
+    cls, batch = auto_class("llama"), inputs("llama")
+    config = CPQConfig(weight_bits=3, quantize_embeddings=True, overrides={"lm_head": {"weight_bits": 8}})
+    model = reload(cls, tmp_path / "float", quantization_config=config)
+    assert not summarize(model).to_dict()["not_quantized"]
+    trained = logits(model, batch)
+    with pytest.raises(CPQError, match="embedding of 40 rows cannot be resized to 60"):
+        model.resize_token_embeddings(60, mean_resizing=False)
+    model = reload(cls, tmp_path / "float", quantization_config=config)
+    pack_model(model)
+    model.save_pretrained(tmp_path / "packed")
+    again = reload(cls, tmp_path / "packed")
+    assert torch.equal(logits(again, batch), trained)
+    with pytest.raises(CPQError, match="embedding of 40 rows cannot be resized to 60"):
+        again.resize_token_embeddings(60, mean_resizing=False)
+    assert torch.equal(logits(again, batch), trained)
+
+
+def test_tied_embeddings_cannot_be_quantized_yet():
+    with pytest.raises(CPQError, match="is tied to another module; a tied weight stays in floating point"):
+        prepare_model(build("llama-tied"), CPQConfig(overrides={"lm_head": {"weight_bits": 8}}))
+    model = prepare_model(build("llama-tied"), CPQConfig(quantize_embeddings=True))
+    assert "model.embed_tokens" in summarize(model).to_dict()["not_quantized"]
+
+
+def test_configs_can_be_used_again(tmp_path):
+    build("bert").save_pretrained(tmp_path / "float")
+    model = reload(auto_class("bert"), tmp_path / "float", quantization_config=CPQConfig())
+    model.save_pretrained(tmp_path / "training")
+    again = reload(auto_class("bert"), tmp_path / "training", config=model.config)
+    assert torch.equal(logits(again, inputs("bert")), logits(model, inputs("bert")))
+
+
+def test_layers_that_were_missing_from_a_training_checkpoint(tmp_path):
+    model = prepare_model(build("bert"), CPQConfig())
+    model.save_pretrained(tmp_path)
+    config_file = tmp_path / "config.json"
+    stored = json.loads(config_file.read_text())
+    layers = stored["quantization_config"]["layers"]
+    layers["bert.encoder.layer.0.elsewhere"] = next(iter(layers.values()))
+    config_file.write_text(json.dumps(stored))
+    with pytest.raises(CPQError, match="lists the quantized layer `bert.encoder.layer.0.elsewhere`"):
+        reload(auto_class("bert"), tmp_path)
+
+
+def test_quantizer_parameters_that_were_missing_from_a_training_checkpoint(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = prepare_model(build("bert"), CPQConfig())
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["bert.pooler.dense.weight_quantizer.log_alpha"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CPQError, match=r"lacks `bert.pooler.dense.weight_quantizer.log_alpha` of layer `bert.pooler"):
+        reload(auto_class("bert"), tmp_path)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+def test_size_of_the_packed_part(bits, tmp_path):
+    model = prepare_model(build("vit"), CPQConfig(weight_bits=bits))
+    pack_model(model).save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - not a dict
+    words = sum(4 * torch.Size(shape).numel() for key, shape in shapes.items() if key.endswith("weight_packed"))
+    scales = sum(4 * torch.Size(shape).numel() for key, shape in shapes.items() if key.endswith("weight_scale"))
+    report = summarize(model).to_dict()
+    ideal = report["quantized_elements"] * bits / 8
+    assert words + scales <= 1.02 * ideal + scales
+    floats = 4 * (report["all_elements"] - report["quantized_elements"])
+    assert report["packed_bytes"] == words + scales + floats
+    header_and_shapes = (tmp_path / "model.safetensors").stat().st_size - report["packed_bytes"]
+    assert header_and_shapes < 200 * len(shapes)

@@ -23,8 +23,8 @@ DropBits quantizes each element with its own bit-width `k <= bits` (same alpha, 
     dL/dP_j   = sum G * alpha * (c_j - c_{j-1})
 
 **The window.** S' decays exponentially, so only the 4 boundaries nearest to `v` that exist are summed (3 for 2 bits,
-which is all of them). At s = 1/3 this changes D by at most 0.0083, at s = 0.2 by 2.4e-4, at s = 0.1 by 2.1e-8. The window
-is centred on `m`, the level nearest to `v` that has its whole window inside the grid, hence symmetric about `m`.
+which is all of them). At s = 1/3 this changes D by at most 0.0083, at s = 0.2 by 2.4e-4, at s = 0.1 by 2.1e-8. The
+window is centred on `m`, the level nearest to `v` whose whole window lies inside the grid, hence symmetric about `m`.
 With `C = cosh((v - m)/s)`, `c = cosh(o/s)`, `u = c/(C + c)`, the two boundaries at `m - o` and `m + o` together give
 
     S'((v - m - o)/s) + S'((v - m + o)/s) = (1 + C*c)/(C + c)^2 = u * (1 + u * (1/c^2 - 1))
@@ -46,14 +46,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .spec import MIN_BITS, level_bounds
+from .spec import level_bounds
 
 MIN_NOISE, MAX_NOISE = 0.02, 0.5
 WINDOW = 4
 _BEYOND = 3.0  # positions are clamped this far outside the grid, where D is zero, so that infinities stay finite
 
 
-def fake_quantize(x: Tensor, alpha: Tensor, noise: Tensor, bits: int, signed: bool) -> Tensor:
+def fake_quantize(
+    x: Tensor, alpha: Tensor, noise: Tensor, bits: int, signed: bool, alpha_gradient_scale: float = 1.0
+) -> Tensor:
     """Put `x` on the grid, with the gradients of the multi-class straight-through estimator.
 
     Args:
@@ -62,15 +64,23 @@ def fake_quantize(x: Tensor, alpha: Tensor, noise: Tensor, bits: int, signed: bo
         noise (`Tensor` of shape `[1]`): Scale `s` of the logistic noise in steps, 0.02 to 0.5.
         bits (`int`): Bit-width.
         signed (`bool`): Whether the grid has negative levels.
+        alpha_gradient_scale (`float`, defaults to 1): Factor on the gradient of `alpha`.
 
     Returns:
         `Tensor`: `alpha * clamp(round(x / alpha), lo, hi)`, shape and dtype of `x`.
     """
-    return _Grid.apply(x, alpha, noise, None, None, bits, signed)
+    return _Grid.apply(x, alpha, noise, None, None, bits, signed, alpha_gradient_scale)
 
 
 def fake_quantize_dropped(
-    x: Tensor, alpha: Tensor, noise: Tensor, keep: Tensor, bits: int, signed: bool, min_bits: int
+    x: Tensor,
+    alpha: Tensor,
+    noise: Tensor,
+    keep: Tensor,
+    bits: int,
+    signed: bool,
+    min_bits: int,
+    alpha_gradient_scale: float = 1.0,
 ) -> Tensor:
     """As [`fake_quantize`], but every element draws its own bit-width from the global generator (DropBits).
 
@@ -79,121 +89,141 @@ def fake_quantize_dropped(
             kept; non-increasing, since bits are nested.
         min_bits (`int`): Bits that are never dropped.
     """
-    return _Grid.apply(x, alpha, noise, keep, draw_bits(x, keep, min_bits), bits, signed)
+    last_levels = draw_last_levels(x, keep, signed, min_bits)
+    return _Grid.apply(x, alpha, noise, keep, last_levels, bits, signed, alpha_gradient_scale)
 
 
-def draw_bits(x: Tensor, keep: Tensor, min_bits: int) -> Tensor:
-    """Draw a bit-width for every element of `x`: `min_bits + #{j : u < P_j}`, `u` uniform. uint8, shape of `x`."""
-    u = torch.rand(x.shape, device=x.device)
-    drawn = torch.full_like(u, min_bits, dtype=torch.uint8)
-    for probability in keep.detach().unbind():
-        drawn += u < probability
-    return drawn
+def draw_last_levels(x: Tensor, keep: Tensor, signed: bool, min_bits: int) -> Tensor:
+    """Draw a bit-width `k = min_bits + #{j : u < P_j}` for every element, `u` uniform; its last level `hi_k`.
+
+    `u` has 16 bits, four to a 64-bit draw: the CPU generator works serially, so the fewer draws the better.
+
+    Returns:
+        `Tensor`: uint8, shape of `x`.
+    """
+    drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    u = drawn.view(torch.int16)[: x.numel()].view(x.shape)  # uniform on -2^15 .. 2^15-1
+    thresholds = (keep.detach() * 2**16 - 2**15 - 1).round().clamp(-(2**15), 2**15 - 1).to(torch.int16)
+    hi = level_bounds(min_bits, signed)[1]
+    last_levels = torch.full_like(u, hi, dtype=torch.uint8)
+    for j, threshold in enumerate(thresholds.unbind(), start=min_bits + 1):
+        above = level_bounds(j, signed)[1]
+        last_levels.add_(u <= threshold, alpha=above - hi)
+        hi = above
+    return last_levels
 
 
 def nearest_levels(x: Tensor, alpha: Tensor, bits: int, signed: bool) -> Tensor:
     """Levels `n*` of `x`, as whole numbers in the arithmetic dtype."""
-    return _levels(_position(x, alpha), *level_bounds(bits, signed))
+    return _position(x, alpha).round_().clamp_(*level_bounds(bits, signed))
 
 
-def slope(v: Tensor, noise: Tensor, bits: int, signed: bool, drawn: Tensor | None = None) -> Tensor:
-    """`D(v)`: slope of the expected level at position `v`, shape of `v`; `drawn` are the bit-widths under DropBits."""
-    return _sum_over_window(_density_sum, v, noise, bits, signed, drawn).div_(noise)
+def slope(v: Tensor, noise: Tensor, bits: int, signed: bool) -> Tensor:
+    """`D(v)`: slope of the expected level at position `v` (finite), shape of `v`."""
+    return _slope(v, v.round(), noise, *level_bounds(bits, signed))
 
 
 def _position(x: Tensor, alpha: Tensor) -> Tensor:
     return torch.div(x.to(torch.promote_types(x.dtype, torch.float32)), alpha)
 
 
-def _levels(v: Tensor, lo: Any, hi: Any) -> Tensor:
-    return v.round().clamp_(lo, hi)
-
-
-def _drawn_bounds(drawn: Tensor, signed: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    top = torch.exp2(drawn.to(dtype) - int(signed))
-    return (-top if signed else torch.zeros_like(top)), top - 1
+def _bounds(bits: int, signed: bool, last_levels: Tensor | None, dtype: torch.dtype) -> tuple[Any, Any]:
+    """`(lo, hi)`: numbers, or tensors where each element has its own grid."""
+    if last_levels is None:
+        return level_bounds(bits, signed)
+    hi = last_levels.to(dtype)
+    return (-1 - hi if signed else torch.zeros_like(hi)), hi
 
 
 class _Grid(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, alpha, noise, keep, drawn, bits, signed):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, alpha, noise, keep, drawn)
-        ctx.bits, ctx.signed = bits, signed
+    def forward(ctx, x, alpha, noise, keep, last_levels, bits, signed, alpha_gradient_scale):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, alpha, noise, keep, last_levels)
+        ctx.bits, ctx.signed, ctx.alpha_gradient_scale = bits, signed, alpha_gradient_scale
         v = _position(x, alpha)
-        bounds: Any = level_bounds(bits, signed) if drawn is None else _drawn_bounds(drawn, signed, v.dtype)
-        return v.round_().clamp_(*bounds).mul_(alpha).to(x.dtype)
+        return v.round_().clamp_(*_bounds(bits, signed, last_levels, v.dtype)).mul_(alpha).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
-        x, alpha, noise, keep, drawn = ctx.saved_tensors
+        x, alpha, noise, keep, last_levels = ctx.saved_tensors
         bits, signed = ctx.bits, ctx.signed
-        lo: Any
-        hi: Any
         lo, hi = level_bounds(bits, signed)
         v = _position(x, alpha).clamp_(lo - _BEYOND, hi + _BEYOND)
         g = grad_output.to(v.dtype)
         grad_x = grad_alpha = grad_noise = grad_keep = None
         if keep is not None and ctx.needs_input_grad[3]:
             grad_keep = _keep_gradient(v, g * alpha, keep, bits, signed)
+        lo, hi = _bounds(bits, signed, last_levels, v.dtype)
+        nearest = v.round()
         if ctx.needs_input_grad[2]:
-            moment = _sum_over_window(_moment_sum, v, noise, bits, signed, drawn)
+            moment = _moment(v, nearest, noise, lo, hi)
             grad_noise = (moment.mul_(g).mul_(alpha).sum() / -noise).sum_to_size(noise.shape)
-        density = slope(v, noise, bits, signed, drawn)
+        density = _slope(v, nearest, noise, lo, hi)
         if ctx.needs_input_grad[1]:
-            if drawn is not None:
-                lo, hi = _drawn_bounds(drawn, signed, v.dtype)
-            level_gradient = _levels(v, lo, hi).addcmul_(v, density, value=-1).mul_(g)
-            grad_alpha = level_gradient.sum_to_size(alpha.shape)
+            level_gradient = nearest.clamp_(lo, hi).addcmul_(v, density, value=-1).mul_(g)
+            grad_alpha = level_gradient.sum_to_size(alpha.shape).mul_(ctx.alpha_gradient_scale)
         if ctx.needs_input_grad[0]:
             grad_x = density.mul_(g).to(x.dtype)
-        return grad_x, grad_alpha, grad_noise, grad_keep, None, None, None
+        return grad_x, grad_alpha, grad_noise, grad_keep, None, None, None, None
 
 
 def _keep_gradient(v: Tensor, g_alpha: Tensor, keep: Tensor, bits: int, signed: bool) -> Tensor:
+    n = v.round()
     min_bits = bits - keep.numel()
-    below = _levels(v, *level_bounds(min_bits, signed))
+    below = n.clamp(*level_bounds(min_bits, signed))
     gradients = []
     for width in range(min_bits + 1, bits + 1):
-        here = _levels(v, *level_bounds(width, signed))
+        here = n.clamp(*level_bounds(width, signed))
         gradients.append((g_alpha * (here - below)).sum())
         below = here
     return torch.stack(gradients).to(keep.dtype)
 
 
-def _sum_over_window(term, v, noise, bits, signed, drawn):  # type: ignore[no-untyped-def]
-    """Sum `term` over the window of each element. A 2-bit grid has 3 boundaries, any other at least `WINDOW`."""
-    if drawn is None:
-        return term(*_centred(v, noise, *level_bounds(bits, signed)))
-    wide = term(*_centred(v, noise, *_drawn_bounds(drawn, signed, v.dtype)))
-    narrow = term(*_centred(v, noise, *level_bounds(MIN_BITS, signed)))
-    return torch.where(drawn == MIN_BITS, narrow, wide)
+def _window(v: Tensor, nearest: Tensor, noise: Tensor, lo: Any, hi: Any) -> tuple[Tensor, int]:
+    """`((v - m)/s, number of boundaries)` of each element's window.
 
-
-def _centred(v: Tensor, noise: Tensor, lo: Any, hi: Any) -> tuple[Tensor, Tensor, int]:
-    """`((v - m)/s, s, boundaries in the window)`."""
+    A 2-bit grid has only 3 boundaries. Where grids are drawn per element, such an element gets a window of 4 whose
+    first boundary lies outside its grid, at `lo - 1/2`; see `_outside`.
+    """
     count = min(WINDOW, hi - lo) if isinstance(lo, int) else WINDOW
-    centre = v.round().clamp_(lo + count / 2, hi - count / 2)
-    return torch.sub(v, centre, out=centre).div_(noise), noise, count
+    centre = nearest.clamp(lo + count / 2, hi - count / 2)
+    return torch.sub(v, centre, out=centre).div_(noise), count
 
 
-def _density_sum(a: Tensor, noise: Tensor, count: int) -> Tensor:
-    """Sum of S'(a - o/s) over `count` offsets `o` one step apart, symmetric about zero. Overwrites `a`."""
+def _outside(a: Tensor, noise: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    """`(t, p)`: position against the boundary outside the window of 2-bit elements and its sigmoid, else `p` is 0."""
+    t = a + (WINDOW - 1) / 2 / noise
+    return t, torch.sigmoid(t).mul_(hi - lo == WINDOW - 1)
+
+
+def _slope(v: Tensor, nearest: Tensor, noise: Tensor, lo: Any, hi: Any) -> Tensor:
+    a, count = _window(v, nearest, noise, lo, hi)
+    outside = None if isinstance(lo, int) else _outside(a, noise, lo, hi)[1]
     cosh_a = a.cosh_()
     total = torch.add(cosh_a, 1).mul_(2).reciprocal_() if count % 2 else torch.zeros_like(a)
-    for pair in range(count // 2):
-        cosh_offset = torch.cosh((pair + (1.0 if count % 2 else 0.5)) / noise)
-        u = torch.add(cosh_a, cosh_offset).reciprocal_().mul_(cosh_offset)
-        total.addcmul_((u * (1 / cosh_offset / cosh_offset - 1)).add_(1), u)
-    return total
+    first = 1.0 if count % 2 else 0.5
+    offsets = torch.arange(first, count / 2, dtype=noise.dtype, device=noise.device)
+    cosh_offsets = torch.cosh(offsets / noise)
+    curvatures = cosh_offsets.square().reciprocal_().sub_(1)
+    for cosh_offset, curvature in zip(cosh_offsets.unbind(), curvatures.unbind(), strict=True):
+        u = torch.div(cosh_offset, cosh_a + cosh_offset)
+        total.add_(u).addcmul_(u, u * curvature)
+    if outside is not None:
+        total.sub_(outside).addcmul_(outside, outside)
+    return total.div_(noise)
 
 
-def _moment_sum(a: Tensor, noise: Tensor, count: int) -> Tensor:
-    """Sum of t * S'(t), `t = a - o/s`, over the same offsets as in `_density_sum`."""
+def _moment(v: Tensor, nearest: Tensor, noise: Tensor, lo: Any, hi: Any) -> Tensor:
+    """Sum of t * S'(t), `t = (v - b)/s`, over the boundaries `b` of the window."""
+    a, count = _window(v, nearest, noise, lo, hi)
     total = torch.zeros_like(a)
     for index in range(count):
         t = a - (index - (count - 1) / 2) / noise
         p = torch.sigmoid(t)
         total.addcmul_(t, p * (1 - p))
+    if not isinstance(lo, int):
+        t, p = _outside(a, noise, lo, hi)
+        total.sub_(t * p * (1 - p))
     return total
 
 
@@ -237,7 +267,7 @@ def _fit_rows(x: Tensor, bits: int, signed: bool) -> Tensor:
 
     def try_step(alpha: Tensor) -> None:
         nonlocal best, least
-        error = (x - _levels(x / alpha, lo, hi).mul_(alpha)).square_().sum(-1, keepdim=True)
+        error = (x - (x / alpha).round_().clamp_(lo, hi).mul_(alpha)).square_().sum(-1, keepdim=True)
         best, least = torch.where(error < least, alpha, best), torch.minimum(error, least)
 
     coarse, fine = best * 2, _RATIO ** (2 / _FINE)
@@ -247,6 +277,6 @@ def _fit_rows(x: Tensor, bits: int, signed: bool) -> Tensor:
     for index in range(_FINE):
         try_step(centre * fine ** (index - _FINE / 2 + 0.5))
     for _ in range(_DESCENTS):
-        levels = _levels(x / best, lo, hi)
+        levels = (x / best).round_().clamp_(lo, hi)
         try_step((x * levels).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True).clamp(min=1))
     return torch.where(largest > 0, best, 0)

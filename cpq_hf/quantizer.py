@@ -25,17 +25,6 @@ from .errors import CPQError
 from .spec import ActivationSpec, WeightSpec, level_bounds
 
 
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, factor):  # type: ignore[no-untyped-def]
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return grad * ctx.factor, None
-
-
 class Quantizer(nn.Module):
     """What the quantizers of weights and of activations share.
 
@@ -55,10 +44,6 @@ class Quantizer(nn.Module):
     def alpha(self) -> Tensor:
         """Step size, shape of `log_alpha`, without gradient."""
         return self.log_alpha.detach().exp()
-
-    def _learned_alpha(self, elements: float, bits: int, signed: bool) -> Tensor:
-        hi = level_bounds(bits, signed)[1]
-        return _ScaleGradient.apply(self.log_alpha, 1 / math.sqrt(max(1.0, elements) * hi)).exp()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -87,13 +72,16 @@ class WeightQuantizer(Quantizer):
     def forward(self, weight: Tensor) -> Tensor:
         """Weight of any floating dtype -> the same shape and dtype, on the grid."""
         spec = self.spec
-        alpha = _broadcastable(self._learned_alpha(spec.elements_per_scale, spec.bits, signed=True))
+        alpha = _broadcastable(self.log_alpha.exp())
+        scale = gradient_scale(spec.elements_per_scale, spec.bits, signed=True)
         grouped = to_grouped(weight, spec)
         if self.training and self.dropping and self.min_bits < spec.bits:
             keep = (1 - self.drop_rate).expand(spec.bits - self.min_bits).cumprod(0)
-            quantized = grid.fake_quantize_dropped(grouped, alpha, self.noise, keep, spec.bits, True, self.min_bits)
+            quantized = grid.fake_quantize_dropped(
+                grouped, alpha, self.noise, keep, spec.bits, True, self.min_bits, scale
+            )
         else:
-            quantized = grid.fake_quantize(grouped, alpha, self.noise, spec.bits, signed=True)
+            quantized = grid.fake_quantize(grouped, alpha, self.noise, spec.bits, True, scale)
         return from_grouped(quantized, spec)
 
     @torch.no_grad()
@@ -163,9 +151,8 @@ class ActivationQuantizer(Quantizer):
             if not self.calibrated:  # nothing but zeros so far
                 return x
         signed = bool(self._known_signed)
-        elements = x.numel() / max(1, x.shape[0])
-        alpha = self._learned_alpha(elements, self.spec.bits, signed)
-        return grid.fake_quantize(x, alpha, self.noise, self.spec.bits, signed)
+        scale = gradient_scale(x.numel() / max(1, x.shape[0]), self.spec.bits, signed)
+        return grid.fake_quantize(x, self.log_alpha.exp(), self.noise, self.spec.bits, signed, scale)
 
     @property
     def calibrated(self) -> bool:
@@ -230,6 +217,11 @@ class ActivationQuantizer(Quantizer):
 
     def extra_repr(self) -> str:
         return f"bits={self.spec.bits}, signed={self._known_signed}"
+
+
+def gradient_scale(elements: float, bits: int, signed: bool) -> float:
+    """`1/sqrt(N * hi)`, `N` the elements that share a step (of an activation: those of one example)."""
+    return 1 / math.sqrt(max(1.0, elements) * level_bounds(bits, signed)[1])
 
 
 def to_grouped(weight: Tensor, spec: WeightSpec) -> Tensor:

@@ -30,6 +30,7 @@ from transformers import (
 
 import cpq_hf
 from cpq_hf import CPQCallback, CPQConfig, CPQOptimizer
+from cpq_hf.nn import TrainingLayer
 
 
 @dataclass
@@ -84,6 +85,7 @@ def trainer(model, data: datasets.DatasetDict, args: Arguments, name: str, epoch
         logging_steps=50,
         save_strategy="no",
         report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
         seed=args.seed,
     )
     metric = Accuracy()
@@ -112,7 +114,7 @@ def accuracy(model, data: datasets.DatasetDict) -> float:
 
 def grid_positions(model) -> np.ndarray:
     """All quantized weights in units of their step size."""
-    layers = [module for module in model.modules() if hasattr(module, "weight_quantizer")]
+    layers = [module for module in model.modules() if isinstance(module, TrainingLayer)]
     positions = [
         (layer.weight.detach().flatten(1) / layer.weight_quantizer.alpha().view(-1, 1)).flatten() for layer in layers
     ]
@@ -121,16 +123,16 @@ def grid_positions(model) -> np.ndarray:
 
 def draw(before: np.ndarray, after: np.ndarray, bits: int, path: Path) -> None:
     lo, hi = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
     for axes, positions, title in zip(
         figure.subplots(1, 2, sharey=True), (before, after), ("before training", "after training"), strict=True
     ):
-        axes.hist(positions, bins=np.linspace(lo - 1, hi + 1, 161), density=True, color="#3465a4")
+        axes.hist(positions, bins=np.linspace(lo - 1.5, hi + 1.5, 181), density=True, color="#3465a4")
         for level in range(lo, hi + 1):
             axes.axvline(level, color="#cc0000", linewidth=0.8)
         inside = positions[(positions > lo - 0.5) & (positions < hi + 0.5)]
         distance = np.abs(inside - inside.round()).mean()
-        axes.set_title(f"{title}: mean distance to the grid {distance:.3f} steps")
+        axes.set_title(f"{title}: mean distance to the grid {distance:.3f}", fontsize=11)
         axes.set_xlabel("weight / step size (red: the levels of the grid)")
     figure.suptitle(f"Weights of the {bits}-bit ResNet on their grid")
     figure.savefig(path, dpi=130)

@@ -33,7 +33,7 @@ def fake_quantize(
 
 
 def mean_over_draws(x: Tensor, alpha: Tensor, keep: Tensor, bits: int, signed: bool) -> Tensor:
-    """Mean of the forward value under DropBits, differentiable in `keep`: alpha (c_min + sum_j P_j (c_j - c_{j-1}))."""
+    """Mean forward value under DropBits, alpha (c_min + sum_j P_j (c_j - c_{j-1})), differentiable in `keep`."""
     min_bits = bits - keep.numel()
     n = torch.round(x / alpha)
     clamped = [n.clamp(*level_bounds(k, signed)) for k in range(min_bits, bits + 1)]

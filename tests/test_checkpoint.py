@@ -1,4 +1,4 @@
-"""Packed checkpoints that were damaged: every damage is an error that names file and layer, on checking and loading."""
+"""Damaged packed checkpoints: each damage is an error that names file and layer, on checking and on loading."""
 
 from __future__ import annotations
 
@@ -89,9 +89,7 @@ DAMAGES = {
         r"`.*weight_scale` of layer `.*` is F32 \[3, 1\], config.json calls for F32 \[48, 1\]",
     ),
     "other dtype": (
-        lambda f: edit_tensors(
-            f, lambda t: t.update({f"{LAYER}.weight_packed": t[f"{LAYER}.weight_packed"].float()})
-        ),
+        lambda f: edit_tensors(f, lambda t: t.update({f"{LAYER}.weight_packed": t[f"{LAYER}.weight_packed"].float()})),
         r"`.*weight_packed` of layer `.*` is F32 .*, config.json calls for I32",
     ),
     "a tensor too many": (

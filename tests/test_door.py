@@ -99,7 +99,9 @@ def test_what_is_quantized_by_default(name):
     head = {"bert": "classifier", "vit": "classifier", "resnet": "classifier.1", "gpt2": "lm_head"}
     head |= {"llama": "lm_head", "llama-tied": "lm_head", "mobilenet-v2": "classifier", "convnext": "classifier"}
     assert head[name] in floats
-    matrices = {n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) or "Conv1D" in str(type(m))}
+    matrices = {
+        n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) or "Conv1D" in str(type(m))
+    }
     assert matrices - set(report["layers"]) == {head[name]}
     assert not {n for n, m in model.named_modules() if isinstance(m, nn.Embedding)} & set(report["layers"])
 

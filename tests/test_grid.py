@@ -65,7 +65,8 @@ def test_dropbits_gradients_equal_the_textbook_form(bits, min_bits, signed):
     if keep.numel() == 0:
         keep = keep.new_zeros(0)
     torch.manual_seed(3)
-    drawn = grid.draw_bits(x, keep, min_bits)
+    last_levels = grid.draw_last_levels(x, keep, signed, min_bits)
+    drawn = (last_levels.double() + 1).log2().long() + signed
     assert set(drawn.unique().tolist()) == set(range(min_bits, bits + 1))
 
     def ours_function(*args):
@@ -134,13 +135,22 @@ def test_dropping_nothing_changes_nothing():
         assert torch.equal(one, other)
 
 
+def test_draws_have_the_stated_probabilities():
+    x, keep = torch.empty(1_000_003), torch.tensor([1.0, 0.75, 0.3])
+    counts = torch.bincount(grid.draw_last_levels(x, keep, True, 3).long(), minlength=32)
+    assert counts[[3, 7, 15, 31]].sum() == x.numel()
+    shares = counts[[7, 15, 31]] / x.numel()
+    assert counts[3] == 0  # a bit that is kept with probability 1 is never dropped
+    assert torch.allclose(shares, torch.tensor([0.25, 0.45, 0.3]), atol=5 * 0.0005)  # five standard errors
+
+
 def test_dropping_uses_the_global_generator():
     x, keep = torch.randn(1000), torch.tensor([0.7, 0.5])
     torch.manual_seed(1)
-    first = grid.draw_bits(x, keep, 2)
-    second = grid.draw_bits(x, keep, 2)
+    first = grid.draw_last_levels(x, keep, True, 2)
+    second = grid.draw_last_levels(x, keep, True, 2)
     torch.manual_seed(1)
-    assert torch.equal(first, grid.draw_bits(x, keep, 2))
+    assert torch.equal(first, grid.draw_last_levels(x, keep, True, 2))
     assert not torch.equal(first, second)
 
 

@@ -146,7 +146,10 @@ def test_overrides_can_change_the_granularity():
         ({"modules_to_not_convert": ["frist"]}, r"'frist' in `modules_to_not_convert` .*did you mean 'first'"),
         ({"modules_to_not_convert": ["first", "block", "head"]}, "nothing would be quantized: of 5 layers"),
         ({"modules_to_not_convert": ["head"], "overrides": {"head": {}}}, "`head` is named by `overrides` and by"),
-        ({"granularity": "group", "group_size": 64}, r"`first`: `group_size` \(=64\) does not divide the 100 input .*50"),
+        (
+            {"granularity": "group", "group_size": 64},
+            r"`first`: `group_size` \(=64\) does not divide the 100 input .*50",
+        ),
     ],
 )
 def test_config_that_does_not_fit_the_model_changes_nothing(fields, message):

@@ -95,8 +95,8 @@ def _refuse_data_parallel(args: TrainingArguments) -> None:
     if args.n_gpu > 1:
         raise CPQError(
             f"the Trainer would spread the model over {args.n_gpu} GPUs with DataParallel, which copies layers "
-            f"without their quantizers. Launch one process per GPU: torchrun --nproc_per_node {args.n_gpu} ..., or make "
-            "one GPU visible with CUDA_VISIBLE_DEVICES"
+            "without their quantizers. Launch one process per GPU with "
+            f"`torchrun --nproc_per_node {args.n_gpu} ...`, or make one GPU visible with CUDA_VISIBLE_DEVICES"
         )
 
 

@@ -119,7 +119,7 @@ class PackedConv1D(PackedLayer, Conv1D):  # type: ignore[misc]
         return conv1d_forward(self.quantized_input(x), self.dequantized_weight(), self.bias)
 
 
-class PackedEmbedding(FixedVocabulary, PackedLayer, nn.Embedding):  # type: ignore[misc]
+class PackedEmbedding(FixedVocabulary, PackedLayer, nn.Embedding):
     """`nn.Embedding` from packed weights: only the rows that are looked up are unpacked."""
 
     def forward(self, input: Tensor) -> Tensor:

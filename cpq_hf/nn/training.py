@@ -65,7 +65,7 @@ class FixedVocabulary(nn.Module):
 
     @property
     def num_embeddings(self) -> int:
-        return self.layer_spec().weight.rows  # type: ignore[operator, union-attr]
+        return self.layer_spec().weight.rows  # type: ignore[operator]
 
     @num_embeddings.setter
     def num_embeddings(self, value: int) -> None:
@@ -75,7 +75,7 @@ class FixedVocabulary(nn.Module):
         )
 
 
-class CPQEmbedding(FixedVocabulary, TrainingLayer, nn.Embedding):  # type: ignore[misc]
+class CPQEmbedding(FixedVocabulary, TrainingLayer, nn.Embedding):
     """`nn.Embedding` on the grid; a row is a channel."""
 
     def forward(self, input: Tensor) -> Tensor:

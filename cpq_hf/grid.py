@@ -46,7 +46,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .spec import level_bounds
+from .kernels import cpu
+from .spec import MIN_BITS, level_bounds
 
 MIN_NOISE, MAX_NOISE = 0.02, 0.5
 WINDOW = 4
@@ -140,6 +141,8 @@ class _Grid(torch.autograd.Function):
     def forward(ctx, x, alpha, noise, keep, last_levels, bits, signed, alpha_gradient_scale):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, alpha, noise, keep, last_levels)
         ctx.bits, ctx.signed, ctx.alpha_gradient_scale = bits, signed, alpha_gradient_scale
+        if (quantized := cpu.quantize(x, alpha, level_bounds(bits, signed), last_levels)) is not None:
+            return quantized
         v = _position(x, alpha)
         return v.round_().clamp_(*_bounds(bits, signed, last_levels, v.dtype)).mul_(alpha).to(x.dtype)
 
@@ -147,6 +150,11 @@ class _Grid(torch.autograd.Function):
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
         x, alpha, noise, keep, last_levels = ctx.saved_tensors
         bits, signed = ctx.bits, ctx.signed
+        if not any(ctx.needs_input_grad[2:4]):
+            narrow = bits - (0 if keep is None else keep.numel()) == MIN_BITS
+            both = cpu.gradients(x, alpha, level_bounds(bits, signed), last_levels, noise, grad_output, narrow)
+            if both is not None:
+                return both[0], both[1].mul_(ctx.alpha_gradient_scale), None, None, None, None, None, None
         lo, hi = level_bounds(bits, signed)
         v = _position(x, alpha).clamp_(lo - _BEYOND, hi + _BEYOND)
         g = grad_output.to(v.dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .errors import CPQError
+from .kernels import cpu
 from .nn import TrainingLayer
 from .packing import words_per_row
 from .spec import LayerSpec
@@ -105,6 +106,7 @@ class Summary:
             "float_bytes": self.float_bytes,
             "layers": {layer.name: layer.to_dict() for layer in self.layers},
             "not_quantized": dict(self.float_layers),
+            "kernel": cpu.name(),
         }
 
     def __str__(self) -> str:

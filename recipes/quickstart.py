@@ -151,7 +151,7 @@ def main() -> None:
     trainer(model, data, args, "float", args.float_epochs, lr=5e-3).train()
     model.save_pretrained(output / "float")
     float_size = (output / "float" / "model.safetensors").stat().st_size
-    rows = [("float", accuracy(model, data), None, 32.0, float_size)]
+    rows = [("float", None, accuracy(model, data), None, 32.0, float_size)]
 
     for number, bits in enumerate((4, 2), start=2):
         name = f"w{bits}a4"
@@ -159,7 +159,8 @@ def main() -> None:
         model = AutoModelForImageClassification.from_pretrained(
             output / "float", quantization_config=CPQConfig(weight_bits=bits, activation_bits=4)
         )
-        before = grid_positions(model)
+        cpq_hf.calibrate_model(model, [{"pixel_values": data["train"][:256]["pixel_values"]}])
+        rounded, before = accuracy(model, data), grid_positions(model)
         trainer(model, data, args, name, args.quantized_epochs, lr=5e-3).train()
         after, trained, report = grid_positions(model), accuracy(model, data), cpq_hf.summarize(model)
         cpq_hf.pack_model(model)
@@ -167,14 +168,16 @@ def main() -> None:
         cpq_hf.verify_checkpoint(output / name)
         reloaded = AutoModelForImageClassification.from_pretrained(output / name)
         size = (output / name / "model.safetensors").stat().st_size
-        rows.append((name, trained, accuracy(reloaded, data), report.mean_bits, size))
+        rows.append((name, rounded, trained, accuracy(reloaded, data), report.mean_bits, size))
     draw(before, after, bits, output / "weights.png")
 
-    print(f"\n{'model':8}{'trained':>10}{'reloaded':>10}{'mean bits':>11}{'file size':>12}{'ratio':>8}")
-    for name, trained, reloaded, mean_bits, size in rows:
-        again = "-" if reloaded is None else f"{reloaded:.2%}"
-        print(f"{name:8}{trained:>10.2%}{again:>10}{mean_bits:>11.2f}{size / 1000:>9.1f} KB{float_size / size:>7.1f}x")
-    print(f"\n{report}\n\nPicture: {output / 'weights.png'}   ({time.time() - started:.0f} s in all)")
+    print(f"\nAccuracy on the {len(data['test'])} test images (rounded: float weights on the grid, before training)")
+    print(f"{'model':8}{'rounded':>10}{'trained':>10}{'reloaded':>10}{'mean bits':>11}{'file size':>12}{'ratio':>8}")
+    for name, *accuracies, mean_bits, size in rows:
+        cells = "".join(f"{'-' if value is None else format(value, '.2%'):>10}" for value in accuracies)
+        print(f"{name:8}{cells}{mean_bits:>11.2f}{size / 1000:>9.1f} KB{float_size / size:>7.1f}x")
+    print(f"\nThe last model, layer by layer\n{report}\n\nPicture: {output / 'weights.png'}")
+    print(f"Checkpoints: {', '.join(str(output / row[0]) for row in rows)}   ({time.time() - started:.0f} s in all)")
     print(
         "Next: put your own model into `from_pretrained(..., quantization_config=CPQConfig(weight_bits=4))`, add\n"
         "`callbacks=[CPQCallback()]` to your Trainer, then `cpq_hf.pack_model(model)` and `model.push_to_hub(...)`."

@@ -1,0 +1,1 @@
+"""The functions of `grid.py`, fused: one file per backend."""

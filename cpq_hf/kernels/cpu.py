@@ -1,0 +1,163 @@
+"""`grid.c` on the CPU: built once a machine with its C compiler, loaded once a process, called on tensors' memory.
+
+The first quantizer that runs builds the library (about a second) into the user's cache folder, under a name that holds
+its source, compiler flags and the machine's instruction set; nothing happens at import. Without a C compiler, on
+another device, for other dtypes or layouts, and while a model is traced by `torch.compile` (whose own compiler fuses
+the plain operations), the functions here return None and `grid.py` does the work.
+
+OpenMP is the copy that torch has loaded, since both ask for the same library name.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("grid.c")
+_FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+_VARIANTS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
+_DTYPES = (torch.float32, torch.bfloat16)
+_ROWS, _COLUMNS, _ONE = range(3)
+_ELEMENTS_PER_THREAD = 1 << 14  # below that, waking another thread costs more than it saves
+
+
+def quantize(x: Tensor, alpha: Tensor, bounds: tuple[int, int], last_levels: Tensor | None) -> Tensor | None:
+    """`alpha * clamp(round(x / alpha), lo, hi)`, or None if it cannot be done here."""
+    if (layout := _layout(x, alpha, last_levels)) is None or (library := load()) is None:
+        return None
+    out = torch.empty_like(x)
+    library.cpq_forward(
+        x.data_ptr(), alpha.data_ptr(), _pointer(last_levels), out.data_ptr(),
+        *layout, *bounds, _is_bf16(x), _threads(x),
+    )  # fmt: skip
+    return out
+
+
+def gradients(
+    x: Tensor,
+    alpha: Tensor,
+    bounds: tuple[int, int],
+    last_levels: Tensor | None,
+    noise: Tensor,
+    g: Tensor,
+    narrow: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """Gradients of `x` and `alpha`, or None if it cannot be done here.
+
+    `narrow` says that the grid has only 3 boundaries, or may have for single elements under DropBits.
+    """
+    if (layout := _layout(x, alpha, last_levels)) is None or noise.dtype != torch.float32:
+        return None
+    if (library := load()) is None:
+        return None
+    if g.stride() != x.stride() or g.dtype != x.dtype:
+        g = torch.empty_like(x).copy_(g)
+    grad_x, grad_alpha = torch.empty_like(x), torch.empty_like(alpha)
+    failed = library.cpq_backward(
+        x.data_ptr(), alpha.data_ptr(), _pointer(last_levels), noise.data_ptr(), g.data_ptr(), grad_x.data_ptr(),
+        grad_alpha.data_ptr(), *layout, *bounds, narrow, _is_bf16(x), _threads(x),
+    )  # fmt: skip
+    return None if failed else (grad_x, grad_alpha)
+
+
+def name() -> str:
+    """`"c"` if quantizers on the CPU run on `grid.c` in this process, else `"eager"`."""
+    return "eager" if load() is None else "c"
+
+
+@functools.cache
+def load() -> ctypes.CDLL | None:
+    """The library, built if need be; None, with the reason in the log, if that fails."""
+    try:
+        library = ctypes.CDLL(str(_build()))
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.info("the C kernels are not available, quantizers run on torch operations: %s", error)
+        return None
+    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.cpq_forward.argtypes = [pointer] * 4 + [size] * 2 + [number] * 5
+    library.cpq_backward.argtypes = [pointer] * 7 + [size] * 2 + [number] * 6
+    library.cpq_forward.restype, library.cpq_backward.restype = None, number
+    return library
+
+
+def _build() -> Path:
+    compiler = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")))), None)
+    if compiler is None:
+        raise FileNotFoundError("no C compiler (cc, gcc or clang) on the path")
+    what = [SOURCE.read_text(encoding="utf-8"), compiler, str(_FLAGS), str(_VARIANTS), _machine()]
+    digest = hashlib.sha256("\0".join(what).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cpq_hf"
+    target = cache / f"grid-{digest}.so"
+    if target.exists():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        built = Path(folder) / "grid.so"
+        for variant in _VARIANTS:
+            command = [compiler, *_FLAGS, *variant, str(SOURCE), "-o", str(built), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+            if done.returncode == 0:
+                built.replace(target)  # complete or not there, whoever else is building it
+                return target
+    raise OSError(f"{compiler} failed: {done.stderr.strip()[-500:]}")
+
+
+def _machine() -> str:
+    """What `-march=native` depends on: a cache folder may be shared by different machines."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return f"{platform.system()} {platform.machine()} {features}"
+
+
+def _layout(x: Tensor, alpha: Tensor, last_levels: Tensor | None) -> tuple[int, int, int] | None:
+    """`(rows, columns, layout)` of the memory of `x` as grid.c sees it, or None."""
+    if (
+        torch.compiler.is_compiling()
+        or x.device.type != "cpu"
+        or x.numel() == 0
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or x.dtype not in _DTYPES
+        or alpha.dtype != torch.float32
+        or not alpha.is_contiguous()
+        or (last_levels is not None and last_levels.stride() != x.stride())
+    ):
+        return None
+    if alpha.numel() == 1:
+        channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        return (1, x.numel(), _ONE) if x.is_contiguous() or channels_last or _is_transposed(x) else None
+    if alpha.shape == (*x.shape[:-1], 1) and x.is_contiguous():
+        return (alpha.numel(), x.shape[-1], _ROWS)
+    if alpha.shape == (x.shape[0], 1, 1) and _is_transposed(x):
+        return (x.shape[2], x.shape[0], _COLUMNS)
+    return None
+
+
+def _is_transposed(x: Tensor) -> bool:
+    """Whether `x` is `[rows, 1, k]` over the memory of a contiguous `[k, rows]`."""
+    return x.dim() == 3 and x.shape[1] == 1 and x.stride(0) == 1 and x.stride(2) == x.shape[0]
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _is_bf16(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
+
+
+def _threads(x: Tensor) -> int:
+    return max(1, min(torch.get_num_threads(), x.numel() // _ELEMENTS_PER_THREAD))

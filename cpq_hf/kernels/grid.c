@@ -1,0 +1,238 @@
+/* Forward and backward of the grid, each one pass over memory. The mathematics is that of grid.py.
+
+   Layouts of x against alpha (`layout`):
+     ROWS     x [rows, columns], alpha [rows]:     a step size per row
+     COLUMNS  x [rows, columns], alpha [columns]:  a step size per column (weights stored [in, out])
+     ONE      x [rows * columns], alpha [1]
+
+   x, out, g and grad_x are float32 or bfloat16; arithmetic is float32. `last` is NULL or, under DropBits, the last
+   level of each element's own grid. No sum is split among threads, so results do not depend on their number.
+
+   A level is found by clamping first and rounding then, which for whole bounds is the same as the other way round;
+   rounding to even adds and subtracts 1.5 * 2^23. NaN stays NaN: every comparison with it is false. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define BLOCK 1024
+#define CHUNK 8192
+#define STRIP 256
+
+enum layout { ROWS = 0, COLUMNS = 1, ONE = 2 };
+
+typedef struct {
+    const void *x;
+    const float *alpha;
+    const uint8_t *last;
+    const void *g;
+    void *out; /* x_hat, or grad_x */
+    float lo, hi;
+    int is_signed;
+    /* backward only: 1/s and, for each pair of boundaries, c = cosh(o/s) and 1/c^2 - 1 */
+    float inverse, c[2], curvature[2];
+} task;
+
+INLINE float load(const void *data, int64_t i, int bf16) {
+    if (!bf16) return ((const float *)data)[i];
+    uint32_t bits = (uint32_t)((const uint16_t *)data)[i] << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE void store(void *data, int64_t i, float value, int bf16) {
+    if (!bf16) {
+        ((float *)data)[i] = value;
+        return;
+    }
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16; /* to nearest, ties to even */
+    ((uint16_t *)data)[i] = (uint16_t)(value != value ? 0x7fc0u : rounded);
+}
+
+INLINE float round_even(float v) { return (v + 12582912.0f) - 12582912.0f; }
+
+INLINE float clamp(float v, float lo, float hi) {
+    v = v < lo ? lo : v;
+    return v > hi ? hi : v;
+}
+
+/* exp(-t) for t >= 0: 2^k * polynomial, 2 units in the last place; 0 where it would be below 2^-125. */
+INLINE float exp_negative(float t) {
+    float y = -(t > 87.0f ? 87.0f : t);
+    float shifted = y * 1.44269504f + 12582912.0f;
+    float k = shifted - 12582912.0f;
+    float f = y - k * 0.693359375f + k * 2.12194440e-4f; /* ln 2 in two parts */
+    float p = 1.9875691500e-4f;
+    p = p * f + 1.3981999507e-3f;
+    p = p * f + 8.3334519073e-3f;
+    p = p * f + 4.1665795894e-2f;
+    p = p * f + 1.6666665459e-1f;
+    p = p * f + 5.0000001201e-1f;
+    p = p * f * f + f + 1.0f;
+    int32_t exponent;
+    memcpy(&exponent, &shifted, 4);
+    int32_t scale_bits = (int32_t)(((uint32_t)exponent + 127u) << 23); /* the low bits of `shifted` hold k */
+    float scale;
+    memcpy(&scale, &scale_bits, 4);
+    return t > 87.0f ? 0.0f : p * scale;
+}
+
+INLINE float element_forward(const task *job, int64_t i, float alpha, int bf16, int dropped) {
+    float hi = dropped ? (float)job->last[i] : job->hi;
+    float lo = dropped ? (job->is_signed ? -1.0f - hi : 0.0f) : job->lo;
+    return round_even(clamp(load(job->x, i, bf16) / alpha, lo, hi)) * alpha;
+}
+
+/* Stores grad_x and returns the element's share of grad_alpha. */
+INLINE float element_backward(const task *job, int64_t i, float alpha, int bf16, int dropped, int narrow) {
+    float v = clamp(load(job->x, i, bf16) / alpha, job->lo - 3.0f, job->hi + 3.0f);
+    float n = round_even(v);
+    float hi = dropped ? (float)job->last[i] : job->hi;
+    float lo = dropped ? (job->is_signed ? -1.0f - hi : 0.0f) : job->lo;
+    float half = narrow && !dropped ? 1.5f : 2.0f;
+    float t = (v - clamp(n, lo + half, hi - half)) * job->inverse;
+    float e = exp_negative(fabsf(t));
+    float square = 1.0f + e * e;
+    float density = 0.0f;
+    if (narrow && !dropped) {
+        density = e / (square + 2.0f * e);
+    } else {
+        float u = 2.0f * job->c[1] * e;
+        u = u / (square + u);
+        density = u + u * u * job->curvature[1];
+    }
+    float u = 2.0f * job->c[0] * e;
+    u = u / (square + u);
+    density += u + u * u * job->curvature[0];
+    if (narrow && dropped) { /* an element of 2 bits has one boundary less than its window */
+        float outside = exp_negative(fabsf(t + 1.5f * job->inverse));
+        float sum = 1.0f + outside;
+        density -= hi - lo == 3.0f ? outside / (sum * sum) : 0.0f;
+    }
+    density *= job->inverse;
+    float g = load(job->g, i, bf16);
+    store(job->out, i, density * g, bf16);
+    return (clamp(n, lo, hi) - v * density) * g;
+}
+
+/* The spans below are written once and compiled once for each combination of their last arguments, which is what lets
+   the compiler turn each into straight vector code. They work on a copy of the task, so that no store to memory can
+   change it. */
+
+INLINE void forward_span(const task *shared, int64_t start, int64_t end, const float *alpha, int varies, int bf16,
+                         int dropped) {
+    const task job = *shared;
+#pragma omp simd
+    for (int64_t i = start; i < end; i++)
+        store(job.out, i, element_forward(&job, i, alpha[varies ? i - start : 0], bf16, dropped), bf16);
+}
+
+/* One step size: the sum of grad_alpha over the span. */
+INLINE float backward_span(const task *shared, int64_t start, int64_t end, float alpha, int bf16, int dropped,
+                           int narrow) {
+    const task job = *shared;
+    double total = 0.0;
+    for (int64_t block = start; block < end; block += BLOCK) {
+        int64_t stop = block + BLOCK < end ? block + BLOCK : end;
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = block; i < stop; i++) sum += element_backward(&job, i, alpha, bf16, dropped, narrow);
+        total += sum;
+    }
+    return (float)total;
+}
+
+/* A step size per column: all rows of `size` <= STRIP columns from `first` on. */
+INLINE void backward_strip(const task *shared, int64_t rows, int64_t columns, int64_t first, int64_t size,
+                           float *grad_alpha, int bf16, int dropped, int narrow) {
+    const task job = *shared;
+    float sums[STRIP] = {0};
+    for (int64_t row = 0; row < rows; row++) {
+#pragma omp simd
+        for (int64_t j = 0; j < size; j++)
+            sums[j] += element_backward(&job, row * columns + first + j, job.alpha[first + j], bf16, dropped, narrow);
+    }
+    memcpy(grad_alpha + first, sums, sizeof(float) * (size_t)size);
+}
+
+typedef void (*forward_function)(const task *, int64_t, int64_t, const float *);
+typedef float (*span_function)(const task *, int64_t, int64_t, float);
+typedef void (*strip_function)(const task *, int64_t, int64_t, int64_t, int64_t, float *);
+
+#define FORWARD(B, D, V)                                                                                      \
+    static void forward_##B##D##V(const task *job, int64_t start, int64_t end, const float *alpha) {          \
+        forward_span(job, start, end, alpha, V, B, D);                                                        \
+    }
+#define BACKWARD(B, D, N)                                                                                     \
+    static float span_##B##D##N(const task *job, int64_t start, int64_t end, float alpha) {                   \
+        return backward_span(job, start, end, alpha, B, D, N);                                                \
+    }                                                                                                         \
+    static void strip_##B##D##N(const task *job, int64_t rows, int64_t columns, int64_t first, int64_t size,  \
+                                float *grad_alpha) {                                                          \
+        backward_strip(job, rows, columns, first, size, grad_alpha, B, D, N);                                 \
+    }
+#define EACH(M) M(0, 0, 0) M(0, 0, 1) M(0, 1, 0) M(0, 1, 1) M(1, 0, 0) M(1, 0, 1) M(1, 1, 0) M(1, 1, 1)
+EACH(FORWARD)
+EACH(BACKWARD)
+#define TABLE(P) {{{P##000, P##001}, {P##010, P##011}}, {{P##100, P##101}, {P##110, P##111}}}
+static const forward_function forward_table[2][2][2] = TABLE(forward_);
+static const span_function span_table[2][2][2] = TABLE(span_);
+static const strip_function strip_table[2][2][2] = TABLE(strip_);
+
+void cpq_forward(const void *x, const float *alpha, const uint8_t *last, void *out, int64_t rows, int64_t columns,
+                 int layout, int lo, int hi, int bf16, int threads) {
+    task job = {.x = x, .alpha = alpha, .last = last, .out = out, .lo = lo, .hi = hi, .is_signed = lo < 0};
+    forward_function forward = forward_table[bf16][last != NULL][layout == COLUMNS];
+    int64_t total = rows * columns, size = layout == ONE ? CHUNK : columns, parts = (total + size - 1) / size;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t part = 0; part < parts; part++) {
+        int64_t start = part * size, end = start + size < total ? start + size : total;
+        forward(&job, start, end, alpha + (layout == ROWS ? part : 0));
+    }
+}
+
+/* `narrow`: the grid has 3 boundaries, or may have for single elements under DropBits. Returns 0, or 1 for want of
+   memory. */
+int cpq_backward(const void *x, const float *alpha, const uint8_t *last, const float *noise, const void *g,
+                 void *grad_x, float *grad_alpha, int64_t rows, int64_t columns, int layout, int lo, int hi,
+                 int narrow, int bf16, int threads) {
+    task job = {.x = x, .alpha = alpha, .last = last, .g = g, .out = grad_x, .lo = lo, .hi = hi, .is_signed = lo < 0};
+    double inverse = 1.0 / (double)noise[0];
+    job.inverse = (float)inverse;
+    for (int pair = 0; pair < 2; pair++) {
+        double c = cosh((narrow && !last ? 1.0 : pair + 0.5) * inverse);
+        job.c[pair] = (float)c;
+        job.curvature[pair] = (float)(1.0 / (c * c) - 1.0);
+    }
+    if (layout == COLUMNS) {
+        strip_function strip = strip_table[bf16][last != NULL][narrow];
+        int64_t strips = (columns + STRIP - 1) / STRIP;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+        for (int64_t part = 0; part < strips; part++) {
+            int64_t first = part * STRIP, size = first + STRIP < columns ? STRIP : columns - first;
+            strip(&job, rows, columns, first, size, grad_alpha);
+        }
+        return 0;
+    }
+    span_function span = span_table[bf16][last != NULL][narrow];
+    int64_t total = rows * columns, size = layout == ONE ? CHUNK : columns, parts = (total + size - 1) / size;
+    float *sums = layout == ONE ? malloc(sizeof(float) * (size_t)parts) : grad_alpha;
+    if (sums == NULL) return 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t part = 0; part < parts; part++) {
+        int64_t start = part * size, end = start + size < total ? start + size : total;
+        sums[part] = span(&job, start, end, alpha[layout == ROWS ? part : 0]);
+    }
+    if (layout == ONE) {
+        double sum = 0.0;
+        for (int64_t part = 0; part < parts; part++) sum += sums[part];
+        grad_alpha[0] = (float)sum;
+        free(sums);
+    }
+    return 0;
+}

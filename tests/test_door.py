@@ -150,6 +150,20 @@ def test_dtype_and_device_map(name, dtype, device_map, tmp_path):
     assert all(b.dtype == torch.float32 for key, b in again.named_buffers() if key.endswith("_scale"))
 
 
+def test_loaded_models_start_where_training_begins(tmp_path):
+    build("bert").save_pretrained(tmp_path / "float")
+    config = CPQConfig(activation_bits=8, noise_start=0.25)
+    junk = torch.full((4096,), 7.0)  # memory that a forgotten buffer would come from
+    del junk
+    model = reload(auto_class("bert"), tmp_path / "float", quantization_config=config)
+    model.save_pretrained(tmp_path / "training")
+    for loaded in (model, reload(auto_class("bert"), tmp_path / "training")):
+        buffers = {key: value for key, value in loaded.named_buffers() if "quantizer" in key}
+        assert len([key for key in buffers if key.endswith("noise")]) == 26
+        for key, value in buffers.items():
+            assert value.tolist() == [0.25 if key.endswith("noise") else 0.0], key
+
+
 def test_disk_offload_is_refused(tmp_path):
     build("bert").save_pretrained(tmp_path)
     with pytest.raises(CPQError, match="`device_map` offloads modules to disk"):

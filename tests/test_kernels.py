@@ -121,6 +121,14 @@ def test_noise_at_its_ends_and_values_far_outside(bits, noise, eager):
     assert torch.allclose(ours[2], theirs[2], rtol=1e-4, atol=1e-3)
 
 
+def test_bfloat16_is_rounded_to_nearest_even():
+    # level * alpha lies exactly between two bfloat16 numbers: above an even one, above an odd one, and just off
+    for alpha in (1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, 1 + 3 * 2**-8 - 2**-20):
+        x = torch.tensor([1.0, -1.0, 2.0], dtype=torch.bfloat16)
+        out = grid.fake_quantize(x, torch.tensor([alpha]), NOISE, 8, True)
+        assert torch.equal(out, (torch.tensor([1.0, -1.0, 2.0]) * alpha).to(torch.bfloat16)), alpha
+
+
 def test_nan_stays_nan():
     x = torch.tensor([torch.nan, 0.3])
     out = grid.fake_quantize(x, torch.tensor([0.1]), NOISE, 4, True)

@@ -261,6 +261,17 @@ def test_calibration_finds_signs_and_leaves_mode_and_random_numbers_alone():
     assert model.get_submodule(LAYER).input_quantizer.resolved_spec().signed is False  # behind a ReLU
 
 
+def test_loading_a_state_brings_the_sign_of_activations():
+    signed, unsigned = (prepare_model(build("resnet"), CPQConfig(activation_bits=4)) for _ in range(2))
+    batch, positive = inputs("resnet"), inputs("resnet")
+    positive["pixel_values"] = positive["pixel_values"].abs()
+    calibrate_model(signed, [batch])
+    calibrate_model(unsigned, [positive])
+    assert not torch.equal(logits(unsigned, batch), logits(signed, batch))
+    unsigned.load_state_dict(signed.state_dict())
+    assert torch.equal(logits(unsigned, batch), logits(signed, batch))
+
+
 def test_calibration_input():
     with pytest.raises(CPQError, match="not prepared for training"):
         calibrate_model(build("resnet"), [inputs("resnet")])

@@ -14,7 +14,7 @@ from .errors import CPQError
 from .kernels import cpu
 from .nn import TrainingLayer
 from .packing import words_per_row
-from .spec import LayerSpec
+from .spec import MAX_BITS, LayerSpec
 from .surgery import layer_kind, packed_layers, quantizer_parameter_names, training_layers
 
 
@@ -157,10 +157,12 @@ class Summary:
         figure = Figure(figsize=(max(6.0, min(40.0, 0.28 * count + 2)), 4.5), layout="constrained")
         axes = figure.add_subplot()
         axes.bar(range(count), [layer.spec.weight.bits for layer in self.layers], color="#3465a4")
-        axes.axhline(self.mean_bits, color="#cc0000", linewidth=1, label=f"mean {self.mean_bits:.2f} bits")
+        axes.axhline(self.mean_bits, color="#cc0000", linewidth=1)
+        axes.set_title(f"Bits by layer: mean {self.mean_bits:.2f} over the quantized weights (red)", fontsize=10)
+        axes.set_ylim(0, MAX_BITS + 0.5)
+        axes.set_yticks(range(MAX_BITS + 1))
         axes.set_xticks(range(count), [layer.name for layer in self.layers], rotation=90, fontsize=7)
         axes.set_ylabel("bits")
-        axes.legend(loc="upper right")
         figure.savefig(path, dpi=150)
         return Path(path)
 

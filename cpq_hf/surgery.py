@@ -104,6 +104,10 @@ def select(model: nn.Module, plan: QuantizationPlan) -> dict[str, LayerSpec]:
             )
         if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
             raise CPQError(f"`{name}` has `max_norm` or `sparse` set, which cannot be quantized; leave it out")
+        if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+            raise CPQError(
+                f"the `forward` of `{name}` was replaced on the instance, so it cannot be quantized; leave it out"
+            )
         try:
             selected[name] = plan.layer_spec(name, module.weight.shape, kind.transposed, kind.has_float_input)
         except CPQError as error:
@@ -118,7 +122,8 @@ def select(model: nn.Module, plan: QuantizationPlan) -> dict[str, LayerSpec]:
 
 
 def _check_is_float(model: nn.Module) -> None:
-    if hasattr(model, "_orig_mod"):
+    compiled = hasattr(model, "_orig_mod") or any(vars(m).get("_compiled_call_impl") for m in model.modules())
+    if compiled:
         raise CPQError("the model is compiled already: prepare it first, then call `torch.compile`")
     if any(True for _ in packed_layers(model)):
         raise CPQError("the model is packed already: prepare the float model, or the checkpoint saved in training")
@@ -186,7 +191,9 @@ def reset_schedule(model: nn.Module, plan: QuantizationPlan) -> None:
 
 
 def check_finite(name: str, weight: Tensor) -> None:
-    """Raise if a weight holds NaN or infinity."""
+    """Raise if a weight holds NaN or infinity, or is not there."""
+    if weight.is_meta:
+        raise CPQError(f"the weight of `{name}` is offloaded or on the meta device; load it to a real device first")
     if not bool(torch.isfinite(weight).all()):
         raise CPQError(f"the weight of `{name}` holds NaN or infinite values; it cannot be quantized")
 

@@ -156,6 +156,7 @@ def test_loaded_models_start_where_training_begins(tmp_path):
     junk = torch.full((4096,), 7.0)  # memory that a forgotten buffer would come from
     del junk
     model = reload(auto_class("bert"), tmp_path / "float", quantization_config=config)
+    assert model._keys_to_ignore_on_load_missing == build("bert")._keys_to_ignore_on_load_missing
     model.save_pretrained(tmp_path / "training")
     for loaded in (model, reload(auto_class("bert"), tmp_path / "training")):
         buffers = {key: value for key, value in loaded.named_buffers() if "quantizer" in key}

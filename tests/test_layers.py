@@ -218,6 +218,27 @@ def test_empty_batch_works(case):
     assert len(model(x[:0])) == 0
 
 
+def test_hooks_of_accelerate_survive():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Count(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            Count.calls += 1
+            return args, kwargs
+
+    plain, x = prepared("linear", weight_bits=2)
+    layer = Wrap(nn.Linear(24, 10))
+    layer.load_state_dict({key: value for key, value in plain.state_dict().items() if "quantizer" not in key})
+    add_hook_to_module(layer.layer, Count())
+    hooked = prepare_model(layer, CPQConfig(weight_bits=2, modules_to_not_convert=[]))
+    assert torch.equal(hooked(x), plain(x))
+    pack_model(hooked)
+    assert torch.equal(hooked(x), plain(x))
+    assert Count.calls == 2
+
+
 def test_deepcopy_is_independent():
     model, x = prepared("linear", activation_bits=8)
     calibrate_model(model, [x])

@@ -166,6 +166,12 @@ def test_model_prepared_or_packed_or_compiled_already():
         prepare_model(model, CPQConfig())
     with pytest.raises(CPQError, match="compiled already: prepare it first, then call `torch.compile`"):
         prepare_model(torch.compile(Small(), backend="eager"), CPQConfig())
+    model = Small()
+    model.compile(backend="eager")
+    with pytest.raises(CPQError, match="compiled already"):
+        prepare_model(model, CPQConfig())
+    with pytest.raises(CPQError, match=r"weight of `first` is offloaded or on the meta device"):
+        prepare_model(Small().to("meta"), CPQConfig())
 
 
 def test_config_of_another_type():
@@ -191,6 +197,14 @@ def test_tied_weights_stay_out():
     model.block[2].weight = model.block[0].weight
     with pytest.raises(CPQError, match="`block.0` is tied to another module"):
         prepare_model(model, CPQConfig(modules_to_not_convert=[]))
+
+
+def test_layer_whose_forward_was_replaced():
+    model = Small()
+    model.first.forward = lambda x: x[:, :8]
+    with pytest.raises(CPQError, match="the `forward` of `first` was replaced on the instance"):
+        prepare_model(model, CPQConfig())
+    prepare_model(model, CPQConfig(modules_to_not_convert=["first"]))
 
 
 def test_embedding_that_renormalizes():

@@ -48,8 +48,7 @@ class CPQHfQuantizer(HfQuantizer):
             return
         if config.layers is None:
             layers = surgery.select(model, config)
-            ignored = model._keys_to_ignore_on_load_missing or []
-            model._keys_to_ignore_on_load_missing = [*ignored, _QUANTIZER_KEYS]
+            model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), _QUANTIZER_KEYS}
         else:
             layers = layers_in_model(model, config.layer_specs())
         self.fresh = config.layers is None
@@ -62,7 +61,7 @@ class CPQHfQuantizer(HfQuantizer):
         if config.packed:
             return
         if self.fresh:
-            del model._keys_to_ignore_on_load_missing
+            model._keys_to_ignore_on_load_missing.discard(_QUANTIZER_KEYS)
             surgery.initialize(model)
         else:
             _check_all_loaded(model)

@@ -23,7 +23,7 @@ from ..errors import CPQError
 from ..packing import pack, unpack, words_per_row
 from ..quantizer import from_grouped
 from ..spec import LayerSpec
-from .training import FixedVocabulary, TrainingLayer, conv1d_forward
+from .training import FixedVocabulary, TrainingLayer, conv1d_forward, swap_class
 
 
 class PackedLayer(nn.Module):
@@ -170,7 +170,7 @@ def _become_packed(
     layer: Any, packed_class: type[PackedLayer], spec: LayerSpec, dtype: torch.dtype, tensors: dict[str, Tensor]
 ) -> None:
     del layer.weight
-    layer.__class__ = packed_class
+    swap_class(layer, packed_class)
     for name, tensor in tensors.items():
         layer.register_buffer(name, tensor)
     layer.spec, layer.dtype = spec, dtype

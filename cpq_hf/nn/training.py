@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -88,10 +89,21 @@ def conv1d_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
 
 
+def swap_class(layer: Any, new_class: type[nn.Module]) -> None:
+    """Change the class of a layer. A hook of accelerate holds on to the old `forward`, so it is put on anew."""
+    hook = getattr(layer, "_hf_hook", None)
+    if hook is not None:
+        remove_hook_from_module(layer)
+        del layer.forward  # accelerate leaves the old method on the instance
+    layer.__class__ = new_class
+    if hook is not None:
+        add_hook_to_module(layer, hook)
+
+
 def to_training(layer: Any, training_class: type[TrainingLayer], spec: LayerSpec, min_bits: int, name: str) -> None:
     """Turn a float layer into `training_class` in place. Its step sizes still have to be initialized or loaded."""
     device = layer.weight.device
-    layer.__class__ = training_class
+    swap_class(layer, training_class)
     layer.register_module("weight_quantizer", WeightQuantizer(spec.weight, min_bits, device))
     activation = spec.activation
     quantizer = None if activation is None else ActivationQuantizer(activation, device, name)

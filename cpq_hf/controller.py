@@ -27,6 +27,23 @@ class CPQController:
 
     Raises:
         CPQError: If the model is not prepared, or is packed, or `total_steps` is not a positive integer.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from torch import nn
+    >>> from cpq_hf import CPQConfig, CPQController, prepare_model
+    >>> model = prepare_model(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 2)), CPQConfig())
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> controller = CPQController(model, optimizer, total_steps=2)
+    >>> for _ in range(2):
+    ...     model(torch.randn(4, 16)).square().sum().backward()
+    ...     optimizer.step()
+    >>> round(controller.noise, 3), controller.drop_rate
+    (0.1, 0.0)
+
+    ```
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, total_steps: int) -> None:

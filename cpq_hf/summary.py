@@ -176,6 +176,17 @@ def summarize(model: nn.Module) -> Summary:
     Returns:
         `Summary`: Prints as a table. `.to_dict()` has `mean_bits`, `mean_bits_all`, `coverage`, `layers`,
         `packed_bytes`, `float_bytes` and more; `.plot(path)` draws bits by layer (matplotlib).
+
+    Example:
+
+    ```python
+    >>> from torch import nn
+    >>> from cpq_hf import CPQConfig, prepare_model, summarize
+    >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2))
+    >>> summarize(prepare_model(model, CPQConfig(weight_bits=2))).to_dict()["mean_bits"]
+    2.0
+
+    ```
     """
     trained = dict(training_layers(model))
     quantized = trained | dict(packed_layers(model))

@@ -232,6 +232,19 @@ def calibrate_model(model: M, batches: Iterable[Mapping[str, Any] | Tensor]) -> 
 
     Raises:
         CPQError: If the model is not prepared, no batch was given, or an activation is NaN or infinite.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from torch import nn
+    >>> from cpq_hf import CPQConfig, calibrate_model, prepare_model
+    >>> model = nn.Sequential(nn.ReLU(), nn.Linear(16, 8), nn.Linear(8, 2))
+    >>> model = prepare_model(model, CPQConfig(activation_bits=4))
+    >>> calibrate_model(model, [torch.randn(4, 16), torch.randn(4, 16)])[1].input_quantizer
+    ActivationQuantizer(bits=4, signed=False)
+
+    ```
     """
     plan_of(model)
     activations = [module for _, module in quantizers(model) if isinstance(module, ActivationQuantizer)]

@@ -33,6 +33,12 @@ class CPQCallback(TrainerCallback, ExportableState):
     Raises:
         CPQError: From the Trainer's constructor or the start of training: a model that is not prepared, or is packed,
             or spread over several GPUs by `DataParallel`.
+
+    Example:
+
+    ```python
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[CPQCallback(CPQConfig(weight_bits=3))])
+    ```
     """
 
     def __init__(self, config: CPQConfig | None = None, pack: bool = False) -> None:

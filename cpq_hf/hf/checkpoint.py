@@ -41,6 +41,21 @@ def verify_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CPQError: Naming file, layer and reason if anything is missing, truncated, altered or does not fit the table of
             layers.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from transformers import ResNetConfig, ResNetForImageClassification
+    >>> from cpq_hf import CPQConfig, pack_model, prepare_model, verify_checkpoint
+    >>> config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
+    >>> model = pack_model(prepare_model(ResNetForImageClassification(config), CPQConfig(weight_bits=2)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model.save_pretrained(folder)
+    ...     verify_checkpoint(folder)["layers"]
+    3
+
+    ```
     """
     directory = Path(directory)
     config_file = directory / "config.json"

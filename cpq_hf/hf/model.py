@@ -31,6 +31,17 @@ def prepare_model(model: M, config: CPQConfig) -> M:
     Raises:
         CPQError: If the config breaks a rule, fits no layer, or the model is compiled, prepared or packed already, or
             holds NaN. The model is then unchanged.
+
+    Example:
+
+    ```python
+    >>> from torch import nn
+    >>> from cpq_hf import CPQConfig, prepare_model
+    >>> model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> prepare_model(model, CPQConfig(weight_bits=3))[0].weight_quantizer
+    WeightQuantizer(bits=3, granularity=channel)
+
+    ```
     """
     if not isinstance(config, CPQConfig):
         raise CPQError(f"`config` must be a CPQConfig, got {type(config).__name__}")
@@ -55,6 +66,22 @@ def pack_model(model: M) -> M:
     Raises:
         CPQError: If the model is not prepared, an activation was never calibrated, or a weight is NaN. The model is
             then unchanged.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from torch import nn
+    >>> from cpq_hf import CPQConfig, pack_model, prepare_model
+    >>> model = prepare_model(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 2)), CPQConfig(weight_bits=3))
+    >>> x = torch.randn(4, 16)
+    >>> trained = model.eval()(x)
+    >>> torch.equal(pack_model(model)(x), trained)
+    True
+    >>> model[0].weight_packed.shape
+    torch.Size([8, 2])
+
+    ```
     """
     layers = surgery.pack(model)
     if isinstance(model, PreTrainedModel):

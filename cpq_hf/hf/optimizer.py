@@ -26,6 +26,13 @@ class CPQOptimizer:
 
     Raises:
         CPQError: If the model is not prepared, or `quantizer_lr` is not a number >= 0.
+
+    Example:
+
+    ```python
+    factory = (CPQOptimizer, {"args": args, "quantizer_lr": 1e-3})
+    trainer = Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=factory, callbacks=[CPQCallback()])
+    ```
     """
 
     def __call__(

@@ -107,7 +107,7 @@ def accuracy(model, data: datasets.DatasetDict) -> float:
     model.eval()
     for batch in data["test"].iter(batch_size=256):
         with torch.no_grad():
-            predictions = model(pixel_values=batch["pixel_values"]).logits.argmax(-1)
+            predictions = model(pixel_values=batch["pixel_values"].to(model.device)).logits.argmax(-1).cpu()
         metric.add_batch(predictions=predictions, references=batch["labels"])
     return metric.compute()["accuracy"]
 
@@ -118,7 +118,7 @@ def grid_positions(model) -> np.ndarray:
     positions = [
         (layer.weight.detach().flatten(1) / layer.weight_quantizer.alpha().view(-1, 1)).flatten() for layer in layers
     ]
-    return torch.cat(positions).numpy()
+    return torch.cat(positions).cpu().numpy()
 
 
 def draw(before: np.ndarray, after: np.ndarray, bits: int, path: Path) -> None:

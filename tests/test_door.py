@@ -190,7 +190,13 @@ def test_head_and_base_model_load_each_other(tmp_path):
         base = AutoModel.from_pretrained(tmp_path / folder)
         ids = inputs("bert")["input_ids"]
         with torch.no_grad():
-            assert torch.equal(base(ids).last_hidden_state, model.eval().bert(ids).last_hidden_state)
+            expected = model.eval().bert(ids).last_hidden_state
+            assert torch.equal(base(ids).last_hidden_state, expected)
+            base.save_pretrained(tmp_path / f"{folder}-base")
+            again = AutoModel.from_pretrained(tmp_path / f"{folder}-base")
+            assert torch.equal(again(ids).last_hidden_state, expected)
+            headed = auto_class("bert").from_pretrained(tmp_path / f"{folder}-base", num_labels=3)
+            assert torch.equal(headed.bert(ids).last_hidden_state, expected)
 
 
 def test_prepare_model_equals_from_pretrained(tmp_path):
@@ -222,6 +228,13 @@ def test_embeddings_when_asked_for(tmp_path):
     with pytest.raises(CPQError, match="embedding of 40 rows cannot be resized to 60"):
         again.resize_token_embeddings(60, mean_resizing=False)
     assert torch.equal(logits(again, batch), trained)
+
+
+def test_keys_that_a_model_does_not_save(tmp_path):
+    model = pack_model(prepare_model(build("bert"), CPQConfig()))
+    model._keys_to_ignore_on_save = {"classifier.bias"}
+    model.save_pretrained(tmp_path)
+    assert verify_checkpoint(tmp_path)["tensors"] == len(model.state_dict()) - 1
 
 
 def test_tied_embeddings_cannot_be_quantized_yet():

@@ -45,6 +45,7 @@ class CPQHfQuantizer(HfQuantizer):
             layers = layers_in_model(model, config.layer_specs())
             surgery.convert_to_packed(model, layers)
             _forget_ties(model, layers)
+            self.quantization_config = config.resolved(layers, packed=True)
             return
         if config.layers is None:
             layers = surgery.select(model, config)
@@ -71,8 +72,8 @@ class CPQHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict]:
         """Called before config.json is written: the moment to note the checksums of what is about to be saved."""
         if self.quantization_config.packed:
-            tied = getattr(model, "all_tied_weights_keys", None) or {}
-            tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+            unsaved = {*(getattr(model, "all_tied_weights_keys", None) or ()), *(model._keys_to_ignore_on_save or ())}
+            tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in unsaved}
             self.quantization_config.checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
         return None, {}
 

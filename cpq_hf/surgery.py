@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CPQError
-from .nn import BY_PACKED, BY_TRAINING, LAYERS, PackedLayer, TrainingLayer, pack_layer, to_packed, to_training
+from .nn import (
+    BY_PACKED,
+    BY_TRAINING,
+    LAYERS,
+    PackedLayer,
+    TrainingLayer,
+    pack_layer,
+    to_float,
+    to_packed,
+    to_training,
+)
 from .plan import QuantizationPlan, check_patterns, matches
 from .quantizer import ActivationQuantizer, Quantizer
 from .spec import LayerSpec
@@ -296,6 +306,22 @@ def convert_to_packed(model: nn.Module, layers: Mapping[str, LayerSpec]) -> None
     for name, spec in layers.items():
         layer = _float_layer(model, name, spec)
         to_packed(layer, LAYERS[type(layer)].packed, spec)
+
+
+def dequantize(model: nn.Module) -> bool:
+    """Turn every quantized layer back into a float layer with its weight on the grid, in place.
+
+    Returns:
+        `bool`: Whether inputs of layers were quantized too, which float layers no longer do.
+    """
+    layers: list[Any] = [layer for _, layer in (*training_layers(model), *packed_layers(model))]
+    lost = any(layer.layer_spec().activation is not None for layer in layers)
+    float_classes = {c: base for base, kind in LAYERS.items() for c in (kind.training, kind.packed)}
+    for layer in layers:
+        to_float(layer, float_classes[type(layer)])
+    for module in model.modules():
+        vars(module).pop("cpq_plan", None)
+    return lost
 
 
 def layer_kind(layer: nn.Module) -> str:

@@ -230,6 +230,29 @@ def test_embeddings_when_asked_for(tmp_path):
     assert torch.equal(logits(again, batch), trained)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["training", "packed"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "resnet"])
+def test_dequantized_models_are_plain_ones(name, packed, tmp_path):
+    model = prepare_model(build(name), CPQConfig(weight_bits=3))
+    batch = inputs(name)
+    expected = logits(model, batch)
+    model = pack_model(model) if packed else model.train()
+    model = model.dequantize()
+    assert torch.equal(logits(model, batch), expected)
+    assert [type(module) for module in model.modules()] == [type(module) for module in build(name).modules()]
+    assert model.state_dict().keys() == build(name).state_dict().keys()
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert torch.equal(logits(reload(auto_class(name), tmp_path), batch), expected)
+
+
+def test_dequantizing_says_that_activations_are_lost(caplog):
+    model = prepare_model(build("resnet"), CPQConfig(activation_bits=8))
+    caplog.set_level(logging.WARNING, logger="cpq_hf")
+    model.dequantize()
+    assert "activations of the dequantized model are not quantized any more" in caplog.text
+
+
 def test_keys_that_a_model_does_not_save(tmp_path):
     model = pack_model(prepare_model(build("bert"), CPQConfig()))
     model._keys_to_ignore_on_save = {"classifier.bias"}

@@ -7,6 +7,7 @@ there), and a packed one (the same with `packed`: verify the files, convert to p
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from ..errors import CPQError
 from ..spec import LayerSpec
 from .checkpoint import checksum, verify_files
 from .config import QUANT_METHOD, CPQConfig
+
+logger = logging.getLogger(__name__)
 
 _QUANTIZER_KEYS = r"\.(weight|input)_quantizer\."
 
@@ -76,6 +79,12 @@ class CPQHfQuantizer(HfQuantizer):
             tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in unsaved}
             self.quantization_config.checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
         return None, {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """For `model.dequantize()`: a plain float model, its weights rounded to the grid."""
+        if surgery.dequantize(model):
+            logger.warning("activations of the dequantized model are not quantized any more, its outputs will differ")
+        return model if dtype is None else nn.Module.to(model, dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

@@ -11,7 +11,16 @@ from typing import NamedTuple
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .packed import PackedConv1D, PackedConv2d, PackedEmbedding, PackedLayer, PackedLinear, pack_layer, to_packed
+from .packed import (
+    PackedConv1D,
+    PackedConv2d,
+    PackedEmbedding,
+    PackedLayer,
+    PackedLinear,
+    pack_layer,
+    to_float,
+    to_packed,
+)
 from .training import CPQConv1D, CPQConv2d, CPQEmbedding, CPQLinear, TrainingLayer, to_training
 
 
@@ -50,6 +59,7 @@ __all__ = [
     "PackedLinear",
     "TrainingLayer",
     "pack_layer",
+    "to_float",
     "to_packed",
     "to_training",
 ]

@@ -166,6 +166,23 @@ def pack_layer(layer: TrainingLayer, packed_class: type[PackedLayer]) -> None:
     _become_packed(layer, packed_class, spec, dtype, tensors)
 
 
+@torch.no_grad()
+def to_float(layer: Any, float_class: type[nn.Module]) -> None:
+    """Turn a layer that trains, or a packed one, into the float layer it came from, its weight rounded to the grid."""
+    if isinstance(layer, TrainingLayer):
+        layer.weight_quantizer.eval()  # the full grid, no DropBits
+        layer.weight.copy_(layer.quantized_weight())
+        del layer.weight_quantizer, layer.input_quantizer
+        swap_class(layer, float_class)
+        return
+    weight = layer.dequantized_weight()
+    for name in packed_tensors(layer.spec):
+        delattr(layer, name)
+    del layer.spec, layer.dtype
+    swap_class(layer, float_class)
+    layer.register_parameter("weight", nn.Parameter(weight))
+
+
 def _become_packed(
     layer: Any, packed_class: type[PackedLayer], spec: LayerSpec, dtype: torch.dtype, tensors: dict[str, Tensor]
 ) -> None:

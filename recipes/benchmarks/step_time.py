@@ -25,6 +25,7 @@ from transformers import HfArgumentParser, ResNetConfig, ResNetForImageClassific
 
 from cpq_hf import CPQConfig, CPQController, calibrate_model, prepare_model
 from cpq_hf.grid import fake_quantize
+from cpq_hf.kernels import cpu
 
 
 @dataclass
@@ -169,7 +170,8 @@ def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     print(
         f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, "
-        f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, float32, {args.rounds} rounds"
+        f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, float32, {args.rounds} rounds, "
+        f"CPQ kernel: {cpu.name()}"
     )
     times = paired(quantizer_only(3072, 768, 4), args)
     report("Quantizer of one 3072x768 weight, 4 bits per channel, forward + backward", times, "copy")

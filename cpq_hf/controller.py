@@ -10,7 +10,7 @@ from torch import nn
 from . import schedule
 from .errors import CPQError
 from .quantizer import WeightQuantizer
-from .surgery import plan_of, quantizers, training_layers
+from .surgery import plan_of, quantizers
 
 
 class CPQController:
@@ -52,7 +52,6 @@ class CPQController:
         self.plan = plan_of(model)
         self.total_steps = total_steps
         self.step = 0
-        self._layers = [layer for _, layer in training_layers(model)]
         self._quantizers = [quantizer for _, quantizer in quantizers(model)]
         self._weight_quantizers = [item for item in self._quantizers if isinstance(item, WeightQuantizer)]
         while hasattr(optimizer, "optimizer"):  # accelerate's wrapper; the hook has to sit on the innermost
@@ -69,20 +68,6 @@ class CPQController:
     def drop_rate(self) -> float:
         """DropBits rate of the coming step."""
         return schedule.drop_rate(self.step / self.total_steps, self.plan.dropbits)
-
-    @property
-    def mean_bits(self) -> float:
-        """Mean bit-width of the quantized weights."""
-        specs = [quantizer.spec for quantizer in self._weight_quantizers]
-        return sum(spec.bits * spec.numel for spec in specs) / sum(spec.numel for spec in specs)
-
-    @torch.no_grad()
-    def cluster_distance(self) -> float:
-        """Mean distance of the weights to the grid, in steps. Reads all weights: for logging, not for every step."""
-        distances = [layer.weight_quantizer.cluster_distance(layer.weight) for layer in self._layers]
-        sizes = [layer.weight.numel() for layer in self._layers]
-        total = sum(distance.double().cpu() * size for distance, size in zip(distances, sizes, strict=True))
-        return float(total) / sum(sizes)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain numbers, fit for JSON."""

@@ -137,6 +137,7 @@ def _bounds(bits: int, signed: bool, last_levels: Tensor | None, dtype: torch.dt
 
 
 class _Grid(torch.autograd.Function):
+    # `ctx` has no usable type: torch declares `forward` with any arguments, and a typed override does not fit that
     @staticmethod
     def forward(ctx, x, alpha, noise, keep, last_levels, bits, signed, alpha_gradient_scale):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, alpha, noise, keep, last_levels)

@@ -34,12 +34,17 @@ class Quantizer(nn.Module):
     """
 
     noise: Tensor
-    drop_rate: Tensor
 
     def __init__(self, scale_shape: tuple[int, ...], device: torch.device) -> None:
         super().__init__()
         self.log_alpha = nn.Parameter(torch.zeros(scale_shape, dtype=torch.float32, device=device))
         self.register_buffer("noise", torch.zeros(1, dtype=torch.float32, device=device), persistent=False)
+
+    def begin(self, noise: float) -> None:
+        """Put the quantizer where training begins, whatever loading has left: first noise, no DropBits."""
+        for buffer in self.buffers():
+            buffer.zero_()
+        self.noise.fill_(noise)
 
     def alpha(self) -> Tensor:
         """Step size, shape of `log_alpha`, without gradient."""
@@ -61,6 +66,8 @@ class WeightQuantizer(Quantizer):
         min_bits (`int`): Bits that DropBits never drops.
         device (`torch.device`): Device of the weight.
     """
+
+    drop_rate: Tensor
 
     def __init__(self, spec: WeightSpec, min_bits: int, device: torch.device) -> None:
         super().__init__(spec.scale_shape, device)
@@ -153,6 +160,11 @@ class ActivationQuantizer(Quantizer):
         signed = bool(self._known_signed)
         scale = gradient_scale(x.numel() / max(1, x.shape[0]), self.spec.bits, signed)
         return grid.fake_quantize(x, self.log_alpha.exp(), self.noise, self.spec.bits, signed, scale)
+
+    def begin(self, noise: float) -> None:
+        """As for any quantizer; and `signed` is not trained, which loading forgets when it replaces parameters."""
+        super().begin(noise)
+        self.signed.requires_grad_(False)
 
     @property
     def calibrated(self) -> bool:

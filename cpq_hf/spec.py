@@ -15,7 +15,7 @@ These are the shapes under which `weight_scale` is stored in a packed checkpoint
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from .errors import CPQError
@@ -122,12 +122,6 @@ class ActivationSpec:
     def __post_init__(self) -> None:
         check_bits(self.bits)
 
-    @property
-    def bounds(self) -> tuple[int, int]:
-        if self.signed is None:
-            raise CPQError("the range of this activation is unknown; calibrate the model first")
-        return level_bounds(self.bits, self.signed)
-
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -151,10 +145,6 @@ class LayerSpec:
             return cls(weight, None if activation is None else ActivationSpec(**activation))
         except (KeyError, TypeError, AttributeError) as error:
             raise CPQError(f"not a description of a quantized layer: {data!r}") from error
-
-    def with_signed(self, signed: bool) -> LayerSpec:
-        """The same layer with the range of its input known."""
-        return self if self.activation is None else replace(self, activation=replace(self.activation, signed=signed))
 
 
 def check_granularity(value: object, field: str = "granularity") -> None:

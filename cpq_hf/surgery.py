@@ -195,9 +195,7 @@ def initialize(model: nn.Module) -> None:
 def reset_schedule(model: nn.Module, plan: QuantizationPlan) -> None:
     """Put every quantizer where training begins: first noise, no DropBits. A controller moves it on from there."""
     for _, quantizer in quantizers(model):
-        for buffer in quantizer.buffers():
-            buffer.zero_()
-        quantizer.noise.fill_(plan.noise_start)
+        quantizer.begin(plan.noise_start)
 
 
 def check_finite(name: str, weight: Tensor) -> None:

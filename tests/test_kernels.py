@@ -113,7 +113,10 @@ def test_noise_at_its_ends_and_values_far_outside(bits, noise, eager):
     x = torch.tensor([torch.inf, -torch.inf, 1e38, -40.0, 0.0, 0.5, -0.5, 1.5, 2.4999, -2.0, 100.0] * 3)
     x.requires_grad_()
     alpha, g = torch.tensor([1.0], requires_grad=True), torch.randn(33)
-    function = lambda: grid.fake_quantize(x, alpha, torch.tensor([noise]), bits, True)  # noqa: E731
+
+    def function():
+        return grid.fake_quantize(x, alpha, torch.tensor([noise]), bits, True)
+
     ours, theirs = both_ways(function, x, alpha, g, eager)
     assert torch.equal(ours[0], theirs[0])
     # at noise 0.02 a boundary is 25 steep, and float32 positions next to it are worth 25 / 0.02 * 6e-8

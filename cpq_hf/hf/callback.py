@@ -12,6 +12,7 @@ from transformers.trainer_callback import ExportableState
 from .. import surgery
 from ..controller import CPQController
 from ..errors import CPQError
+from ..summary import summarize
 from .config import CPQConfig
 from .model import pack_model, prepare_model
 
@@ -70,11 +71,12 @@ class CPQCallback(TrainerCallback, ExportableState):
         logs: dict[str, float] = kwargs["logs"]
         if self.controller is None or "loss" not in logs:  # metrics of an evaluation, or the last summary
             return
-        values = {
+        report = summarize(kwargs["model"])
+        values: dict[str, Any] = {
             "cpq/noise": self.controller.noise,
             "cpq/drop_rate": self.controller.drop_rate,
-            "cpq/mean_bits": self.controller.mean_bits,
-            "cpq/cluster_distance": self.controller.cluster_distance(),
+            "cpq/mean_bits": report.mean_bits,
+            "cpq/cluster_distance": report.cluster_distance,
         }
         logs.update(values)
         state.log_history[-1].update(values)  # Trainer appended its copy before it called us

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TypeVar
 
 from torch import nn
@@ -45,7 +46,7 @@ def prepare_model(model: M, config: CPQConfig) -> M:
     """
     if not isinstance(config, CPQConfig):
         raise CPQError(f"`config` must be a CPQConfig, got {type(config).__name__}")
-    layers = surgery.prepare(model, config)
+    layers = surgery.prepare(model, copy.deepcopy(config))  # what the user does to it later changes no model
     if isinstance(model, PreTrainedModel):
         attach(model, config.resolved(layers))
     return model

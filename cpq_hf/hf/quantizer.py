@@ -56,8 +56,8 @@ class CPQHfQuantizer(HfQuantizer):
         else:
             layers = layers_in_model(model, config.layer_specs())
         self.fresh = config.layers is None
-        surgery.convert_to_training(model, layers, config)
         self.quantization_config = config.resolved(layers)
+        surgery.convert_to_training(model, layers, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -70,7 +70,6 @@ class CPQHfQuantizer(HfQuantizer):
         else:
             _check_all_loaded(model)
         surgery.reset_schedule(model, config)
-        model.cpq_plan = config
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict]:
         """Called before config.json is written: the moment to note the checksums of what is about to be saved."""

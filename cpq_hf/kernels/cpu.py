@@ -5,7 +5,7 @@ its source, compiler flags and the machine's instruction set; nothing happens at
 another device, for other dtypes or layouts, and while a model is traced by `torch.compile` (whose own compiler fuses
 the plain operations), the functions here return None and `grid.py` does the work.
 
-OpenMP is the copy that torch has loaded, since both ask for the same library name.
+Built with gcc, it uses the copy of OpenMP that torch for Linux has loaded: both ask for the same library name.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def load() -> ctypes.CDLL | None:
     """The library, built if need be; None, with the reason in the log, if that fails."""
     try:
         library = ctypes.CDLL(str(_build()))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home
         logger.info("the C kernels are not available, quantizers run on torch operations: %s", error)
         return None
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int

@@ -66,6 +66,7 @@ class FixedVocabulary(nn.Module):
 
     @property
     def num_embeddings(self) -> int:
+        # a mixin: `layer_spec` comes from the layer that it is mixed into
         return self.layer_spec().weight.rows  # type: ignore[operator]
 
     @num_embeddings.setter

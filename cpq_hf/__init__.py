@@ -1,8 +1,10 @@
 """Cluster-Promoting Quantization with DropBits for Hugging Face models: train at 2-8 bits, pack, deploy."""
 
 from .controller import CPQController
+from .distillation import distill, distillation_loss
 from .errors import CPQError
 from .hf import CPQCallback, CPQConfig, CPQOptimizer, pack_model, prepare_model, verify_checkpoint
+from .lengths import bit_penalty
 from .summary import summarize
 from .surgery import calibrate_model
 
@@ -14,7 +16,10 @@ __all__ = [
     "CPQController",
     "CPQError",
     "CPQOptimizer",
+    "bit_penalty",
     "calibrate_model",
+    "distill",
+    "distillation_loss",
     "pack_model",
     "prepare_model",
     "summarize",

@@ -1,24 +1,34 @@
-"""Move the schedules on: one hook on the optimizer, called once per optimizer step whatever the accumulation."""
+"""Move the schedules and bit-lengths on: one hook on the optimizer, called once per optimizer step."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from . import schedule
+from . import lengths, schedule
 from .errors import CPQError
-from .quantizer import WeightQuantizer
-from .surgery import plan_of, quantizers
+from .lengths import LengthLearner
+from .quantizer import ActivationQuantizer, WeightQuantizer
+from .surgery import plan_of, quantizers, training_layers
+
+logger = logging.getLogger(__name__)
 
 
 class CPQController:
-    """Sets noise and DropBits of every quantizer of a model, in step with an optimizer.
+    """Sets noise and DropBits of every quantizer of a model and learns bit-lengths, in step with an optimizer.
 
     Create it before `accelerator.prepare`; nothing else is needed in the loop. It registers a hook that runs right
     before each optimizer step, hence once however many batches are accumulated, and never for a step that a
-    `GradScaler` skips. What holds during step `t` is a pure function of `t / total_steps`.
+    `GradScaler` skips. Noise and drop rate of step `t` are pure functions of `t / total_steps`.
+
+    With `learn_bits`, the first half of the steps learns the widths and ends with a decision, the mean at or under
+    `target_bits`; the rest trains at fixed widths, without DropBits in these layers. A bit less doubles the step size,
+    so the decision moves no weight that had decided by itself. Where a run ends earlier, [`finish`] decides.
 
     Args:
         model (`nn.Module`): A prepared model, wrapped or not.
@@ -52,11 +62,22 @@ class CPQController:
         self.plan = plan_of(model)
         self.total_steps = total_steps
         self.step = 0
+        self.learning_steps = schedule.learning_steps(total_steps)
+        self._layers = dict(training_layers(model))
         self._quantizers = [quantizer for _, quantizer in quantizers(model)]
-        self._weight_quantizers = [item for item in self._quantizers if isinstance(item, WeightQuantizer)]
+        self._learners = self._make_learners()
         while hasattr(optimizer, "optimizer"):  # accelerate's wrapper; the hook has to sit on the innermost
             optimizer = optimizer.optimizer
         self._handle = optimizer.register_step_pre_hook(self._before_step)
+        self._measuring: list[RemovableHandle] = []
+        if any(learner.active for learner in self._learners.values()):
+            self._measure_costs()
+            if self.learning_steps < lengths.LEAST_STEPS:
+                logger.warning(
+                    "bit-lengths are learned during the first %d of %d optimizer steps, too few to tell bits apart: "
+                    "train at least %d steps, or set `learn_bits=False`",
+                    self.learning_steps, total_steps, round(lengths.LEAST_STEPS / schedule.LENGTHS_END),
+                )  # fmt: skip
         self._apply_schedule()
 
     @property
@@ -66,36 +87,151 @@ class CPQController:
 
     @property
     def drop_rate(self) -> float:
-        """DropBits rate of the coming step."""
+        """DropBits rate of weights in the coming step."""
         return schedule.drop_rate(self.step / self.total_steps, self.plan.dropbits)
+
+    @property
+    def learning(self) -> bool:
+        """Whether widths are still being learned."""
+        return any(learner.active for learner in self._learners.values())
+
+    def metrics(self) -> dict[str, float]:
+        """What a log may want to know of learned widths, empty where there are none; waits for the device."""
+        found = {}
+        for kind, learner in self._learners.items():
+            prefix = "" if kind == "weight" else "activation_"
+            found[f"{prefix}expected_bits"] = learner.expected_bits()
+            found[f"{prefix}multiplier"] = float(learner.multiplier)
+        return found
+
+    def finish(self) -> None:
+        """Decide widths that are still being learned, the mean at or under the target."""
+        if not self.learning:
+            return
+        logger.warning(
+            "training ended at step %d, before the bit-lengths were to be decided at step %d of %d: they are decided "
+            "now, and the model has not trained at them",
+            self.step, self.learning_steps, self.total_steps,
+        )  # fmt: skip
+        self._decide()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain numbers, fit for JSON."""
-        return {"step": self.step, "total_steps": self.total_steps}
+        state: dict[str, Any] = {"step": self.step, "total_steps": self.total_steps}
+        learners = {kind: learner.state_dict() for kind, learner in self._learners.items()}
+        return state | ({"lengths": learners} if learners else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken. The schedule follows this controller's own `total_steps`."""
         step = state.get("step")
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise CPQError(f"not the state of a CPQController: `step` is {step!r}, expected a number of steps")
+        saved = state.get("lengths", {})
+        for kind, learner in self._learners.items():
+            if kind in saved:
+                learner.load_state_dict(saved[kind])
+                self._stop_measuring()
+            elif learner.active:
+                logger.warning("no saved state of the learned bit-lengths: their multiplier starts again from zero")
         self.step = step
         self._apply_schedule()
 
     def detach(self) -> None:
         """Remove the hook; the quantizers stay as they are."""
+        self._stop_measuring()
         self._handle.remove()
 
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         # The forward and backward passes of this step are done, so what is set now holds for the next one.
         self.step += 1
+        self._take_costs()
+        for learner in self._learners.values():
+            learner.step(getattr(optimizer, "grad_scale", None))  # a fused optimizer unscales by itself, later
+        if self.step >= self.learning_steps and self.learning:
+            self._decide()
         self._apply_schedule()
+
+    def _decide(self) -> None:
+        for learner in self._learners.values():
+            learner.decide()
 
     def _apply_schedule(self) -> None:
         torch._foreach_zero_([quantizer.noise for quantizer in self._quantizers])
         torch._foreach_add_([quantizer.noise for quantizer in self._quantizers], self.noise)
-        rate = self.drop_rate
-        rates = [quantizer.drop_rate for quantizer in self._weight_quantizers]
-        torch._foreach_zero_(rates)
-        torch._foreach_add_(rates, rate)
-        for quantizer in self._weight_quantizers:
-            quantizer.dropping = rate > 0
+        progress = self.step / self.total_steps
+        for kind, most in (
+            (WeightQuantizer, self.plan.dropbits),
+            (ActivationQuantizer, self.plan.activation_dropbits),
+        ):
+            dropped = [quantizer for quantizer in self._quantizers if isinstance(quantizer, kind)]
+            if not dropped:
+                continue
+            rate = schedule.drop_rate(progress, most)
+            torch._foreach_zero_([quantizer.drop_rate for quantizer in dropped])
+            torch._foreach_add_([quantizer.drop_rate for quantizer in dropped], rate)
+            for quantizer in dropped:
+                quantizer.dropping = rate > 0
+
+    def _make_learners(self) -> dict[str, LengthLearner]:
+        layers, plan = self._layers, self.plan
+        tied = lengths.ties(list(layers)) if plan.tie_bits else list(range(len(layers)))
+        weights = [layer.weight_quantizer for layer in layers.values()]
+        learners = {}
+        if any(item.bit_logits is not None for item in weights):
+            sizes = [item.spec.numel for item in weights]
+            learners["weight"] = LengthLearner(weights, sizes, tied, plan.target_bits, self.learning_steps)
+        inputs = [
+            (layer.input_quantizer, tie)
+            for layer, tie in zip(layers.values(), tied, strict=True)
+            if layer.input_quantizer is not None
+        ]
+        if any(item.bit_logits is not None for item, _ in inputs):
+            learners["activation"] = LengthLearner(
+                [item for item, _ in inputs], [1.0] * len(inputs), [tie for _, tie in inputs],
+                plan.target_activation_bits, self.learning_steps,
+            )  # fmt: skip
+        return learners
+
+    # --- costs that only a batch can tell ---
+
+    def _measure_costs(self) -> None:
+        """In the first forward pass, note how many positions each weight is used at and how large each input is."""
+        self._counts = torch.zeros(2, len(self._layers), dtype=torch.float64)
+        if self.plan.budget == "weights" and "activation" not in self._learners:
+            return
+        for index, layer in enumerate(self._layers.values()):
+
+            def note(layer: Any, inputs: tuple[Any, ...], output: Tensor, index: int = index) -> None:
+                if layer.training:
+                    examples = max(1, output.shape[0])
+                    spec = layer.weight_quantizer.spec
+                    self._counts[0, index] += output.numel() / examples / spec.rows
+                    self._counts[1, index] += inputs[0].numel() / examples
+
+            self._measuring.append(layer.register_forward_hook(note))
+
+    def _take_costs(self) -> None:
+        if not self._measuring:
+            return
+        self._stop_measuring()
+        counts = self._counts
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            everyone: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, counts)
+            counts = torch.stack(everyone).mean(0)
+        layers = list(self._layers.values())
+        if self.plan.budget == "macs" and "weight" in self._learners:
+            self._learners["weight"].set_costs(
+                [
+                    layer.weight_quantizer.spec.numel * float(used)
+                    for layer, used in zip(layers, counts[0], strict=True)
+                ]
+            )
+        if "activation" in self._learners:
+            sizes = [float(s) for layer, s in zip(layers, counts[1], strict=True) if layer.input_quantizer is not None]
+            self._learners["activation"].set_costs(sizes)
+
+    def _stop_measuring(self) -> None:
+        for handle in self._measuring:
+            handle.remove()
+        self._measuring.clear()

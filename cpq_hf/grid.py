@@ -17,10 +17,14 @@ the expected level, a sum over the boundaries `b = lo + 1/2, ..., hi - 1/2` of t
     dL/dalpha = sum G * (n* - v * D)
     dL/ds     = sum G * alpha * (-1/s) * sum_b ((v - b)/s) * S'((v - b)/s)
 
-DropBits quantizes each element with its own bit-width `k <= bits` (same alpha, the nested grid of `k` bits); with
-`c_j = clamp(round(v), lo_j, hi_j)` the gradient of the probability `P_j` that bit `j` is kept is
+DropBits quantizes each element with its own bit-width `k <= bits`, on the grid of `k` bits that is nested in the full
+one: every `r = 2^(bits - k)`-th level, the step `r * alpha`. (The paper drops the other end: it keeps alpha and halves
+the range. docs/method.md has the measurement that decided.) Written in steps of the full grid,
+`c_j = r_j * clamp(round(v / r_j), lo_j, hi_j)` is what `j` bits make of an element. The loss as a function of the
+probability `P_j` that bit `j` is kept has the derivative `L(c_j) - L(c_{j-1})`, to second order the mean gradient at
+both ends times the difference; an element is at one end only, so each end is weighted by how rarely it is visited:
 
-    dL/dP_j   = sum G * alpha * (c_j - c_{j-1})
+    dL/dP_j   = sum G * alpha * (c_j - c_{j-1}) * w_j,   w_j = 1/(2 P_j) where bit j is kept, else 1/(2 (1 - P_j))
 
 **The window.** S' decays exponentially, so only the 4 boundaries nearest to `v` that exist are summed (3 for 2 bits,
 which is all of them). At s = 1/3 this changes D by at most 0.0083, at s = 0.2 by 2.4e-4, at s = 0.1 by 2.1e-8. The
@@ -47,7 +51,7 @@ import torch
 from torch import Tensor
 
 from .kernels import cpu
-from .spec import MIN_BITS, level_bounds
+from .spec import MIN_BITS, RAREST, level_bounds
 
 MIN_NOISE, MAX_NOISE = 0.02, 0.5
 WINDOW = 4
@@ -103,7 +107,7 @@ def draw_last_levels(x: Tensor, keep: Tensor, signed: bool, min_bits: int) -> Te
         `Tensor`: uint8, shape of `x`.
     """
     drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    u = drawn.view(torch.int16)[: x.numel()].view(x.shape)  # uniform on -2^15 .. 2^15-1
+    u = drawn.view(torch.int16)[: x.numel()]  # uniform on -2^15 .. 2^15-1
     thresholds = (keep.detach() * 2**16 - 2**15 - 1).round().clamp(-(2**15), 2**15 - 1).to(torch.int16)
     hi = level_bounds(min_bits, signed)[1]
     last_levels = torch.full_like(u, hi, dtype=torch.uint8)
@@ -111,7 +115,9 @@ def draw_last_levels(x: Tensor, keep: Tensor, signed: bool, min_bits: int) -> Te
         above = level_bounds(j, signed)[1]
         last_levels.add_(u <= threshold, alpha=above - hi)
         hi = above
-    return last_levels
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    # in the order of the memory of `x` where that has no holes (a transposed weight), which the kernels ask for
+    return last_levels.as_strided(x.shape, x.stride()) if reach == x.numel() else last_levels.view(x.shape)
 
 
 def nearest_levels(x: Tensor, alpha: Tensor, bits: int, signed: bool) -> Tensor:
@@ -128,14 +134,6 @@ def _position(x: Tensor, alpha: Tensor) -> Tensor:
     return torch.div(x.to(torch.promote_types(x.dtype, torch.float32)), alpha)
 
 
-def _bounds(bits: int, signed: bool, last_levels: Tensor | None, dtype: torch.dtype) -> tuple[Any, Any]:
-    """`(lo, hi)`: numbers, or tensors where each element has its own grid."""
-    if last_levels is None:
-        return level_bounds(bits, signed)
-    hi = last_levels.to(dtype)
-    return (-1 - hi if signed else torch.zeros_like(hi)), hi
-
-
 class _Grid(torch.autograd.Function):
     # `ctx` has no usable type: torch declares `forward` with any arguments, and a typed override does not fit that
     @staticmethod
@@ -144,46 +142,62 @@ class _Grid(torch.autograd.Function):
         ctx.bits, ctx.signed, ctx.alpha_gradient_scale = bits, signed, alpha_gradient_scale
         if (quantized := cpu.quantize(x, alpha, level_bounds(bits, signed), last_levels)) is not None:
             return quantized
-        v = _position(x, alpha)
-        return v.round_().clamp_(*_bounds(bits, signed, last_levels, v.dtype)).mul_(alpha).to(x.dtype)
+        lo, hi, coarser = _own_grid(bits, signed, last_levels, alpha.dtype)
+        own_alpha = alpha * coarser
+        return _position(x, own_alpha).round_().clamp_(lo, hi).mul_(own_alpha).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
         x, alpha, noise, keep, last_levels = ctx.saved_tensors
         bits, signed = ctx.bits, ctx.signed
-        if not any(ctx.needs_input_grad[2:4]):
+        grad_x = grad_alpha = grad_noise = grad_keep = None
+        if keep is not None and ctx.needs_input_grad[3]:
+            grad_keep = _keep_gradient(x, alpha, keep, last_levels, grad_output, bits, signed)
+        if not ctx.needs_input_grad[2]:
             narrow = bits - (0 if keep is None else keep.numel()) == MIN_BITS
             both = cpu.gradients(x, alpha, level_bounds(bits, signed), last_levels, noise, grad_output, narrow)
             if both is not None:
-                return both[0], both[1].mul_(ctx.alpha_gradient_scale), None, None, None, None, None, None
-        lo, hi = level_bounds(bits, signed)
-        v = _position(x, alpha).clamp_(lo - _BEYOND, hi + _BEYOND)
+                return both[0], both[1].mul_(ctx.alpha_gradient_scale), None, grad_keep, None, None, None, None
+        lo, hi, coarser = _own_grid(bits, signed, last_levels, alpha.dtype)
+        v = _position(x, alpha * coarser).clamp_(lo - _BEYOND, hi + _BEYOND)
         g = grad_output.to(v.dtype)
-        grad_x = grad_alpha = grad_noise = grad_keep = None
-        if keep is not None and ctx.needs_input_grad[3]:
-            grad_keep = _keep_gradient(v, g * alpha, keep, bits, signed)
-        lo, hi = _bounds(bits, signed, last_levels, v.dtype)
         nearest = v.round()
         if ctx.needs_input_grad[2]:
             moment = _moment(v, nearest, noise, lo, hi)
-            grad_noise = (moment.mul_(g).mul_(alpha).sum() / -noise).sum_to_size(noise.shape)
+            grad_noise = (moment.mul_(g).mul_(alpha).mul_(coarser).sum() / -noise).sum_to_size(noise.shape)
         density = _slope(v, nearest, noise, lo, hi)
         if ctx.needs_input_grad[1]:
-            level_gradient = nearest.clamp_(lo, hi).addcmul_(v, density, value=-1).mul_(g)
+            level_gradient = nearest.clamp_(lo, hi).addcmul_(v, density, value=-1).mul_(g).mul_(coarser)
             grad_alpha = level_gradient.sum_to_size(alpha.shape).mul_(ctx.alpha_gradient_scale)
         if ctx.needs_input_grad[0]:
             grad_x = density.mul_(g).to(x.dtype)
         return grad_x, grad_alpha, grad_noise, grad_keep, None, None, None, None
 
 
-def _keep_gradient(v: Tensor, g_alpha: Tensor, keep: Tensor, bits: int, signed: bool) -> Tensor:
-    n = v.round()
-    min_bits = bits - keep.numel()
-    below = n.clamp(*level_bounds(min_bits, signed))
-    gradients = []
-    for width in range(min_bits + 1, bits + 1):
-        here = n.clamp(*level_bounds(width, signed))
-        gradients.append((g_alpha * (here - below)).sum())
+def _own_grid(bits: int, signed: bool, last_levels: Tensor | None, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """`(lo, hi, steps of alpha in one step)`: numbers, or tensors where each element has its own grid."""
+    if last_levels is None:
+        return (*level_bounds(bits, signed), 1.0)
+    hi = last_levels.to(dtype)
+    lo = -1 - hi if signed else torch.zeros_like(hi)
+    return lo, hi, (level_bounds(bits, signed)[1] + 1) / (hi + 1)
+
+
+def _keep_gradient(
+    x: Tensor, alpha: Tensor, keep: Tensor, last_levels: Tensor, g: Tensor, bits: int, signed: bool
+) -> Tensor:
+    """`dL/dP_j`: how much the loss falls or rises where bit `j` is kept."""
+    if (gradient := cpu.keep_gradient(x, alpha, bits, signed, last_levels, keep, g)) is not None:
+        return gradient
+    v, g_alpha = _position(x, alpha), g * alpha
+    below, gradients = None, list[Tensor]()
+    for width in range(bits - keep.numel(), bits + 1):
+        coarser = 2.0 ** (bits - width)
+        here = (v / coarser).round_().clamp_(*level_bounds(width, signed)).mul_(coarser)
+        if below is not None:
+            p = keep[len(gradients)].clamp(RAREST, 1 - RAREST)
+            kept = last_levels >= level_bounds(width, signed)[1]
+            gradients.append((g_alpha * (here - below) * torch.where(kept, 0.5 / p, 0.5 / (1 - p))).sum())
         below = here
     return torch.stack(gradients).to(keep.dtype)
 

@@ -12,7 +12,8 @@ from .errors import CPQError
 from .grid import MAX_NOISE, MIN_NOISE
 from .spec import MIN_BITS, ActivationSpec, LayerSpec, WeightSpec, check_bits, check_granularity
 
-OVERRIDABLE = ("weight_bits", "activation_bits", "granularity", "group_size")
+OVERRIDABLE = ("weight_bits", "activation_bits", "granularity", "group_size", "learn_bits")
+BUDGETS = ("weights", "macs")
 
 
 @dataclass
@@ -24,8 +25,15 @@ class QuantizationPlan:
     activation_bits: int | None = None
     granularity: str = "channel"
     group_size: int = 128
+    learn_bits: bool = False
     min_bits: int = MIN_BITS
+    target_bits: float | None = None
+    budget: str = "weights"
+    tie_bits: bool = False
+    learn_activation_bits: bool = False
+    target_activation_bits: float | None = None
     dropbits: float = 0.1
+    activation_dropbits: float = 0.0
     noise_start: float = 1 / 3
     noise_end: float = 0.1
     quantize_embeddings: bool = False
@@ -38,11 +46,12 @@ class QuantizationPlan:
         check_bits(self.min_bits, "min_bits")
         if self.min_bits > self.weight_bits:
             raise CPQError(f"`min_bits` (={self.min_bits}) is above `weight_bits` (={self.weight_bits}); lower it")
-        _check_number("dropbits", self.dropbits, 0.0, 0.9)
+        for name in ("dropbits", "activation_dropbits"):
+            _check_number(name, getattr(self, name), 0.0, 0.9)
         for name in ("noise_start", "noise_end"):
             _check_number(name, getattr(self, name), MIN_NOISE, MAX_NOISE)
-        if not isinstance(self.quantize_embeddings, bool):
-            raise CPQError(f"`quantize_embeddings` must be true or false, got {self.quantize_embeddings!r}")
+        for name in ("quantize_embeddings", "tie_bits", "learn_activation_bits"):
+            _check_flag(name, getattr(self, name))
         skipped = self.modules_to_not_convert
         if skipped is not None and (isinstance(skipped, str) or not all(isinstance(item, str) for item in skipped)):
             raise CPQError(f"`modules_to_not_convert` must be a list of module names or patterns, got {skipped!r}")
@@ -64,6 +73,29 @@ class QuantizationPlan:
                 _check_tensor_fields(changes)
             except CPQError as error:
                 raise CPQError(f"in `overrides[{pattern!r}]`: {error}") from error
+        self._check_lengths()
+
+    def _check_lengths(self) -> None:
+        if self.budget not in BUDGETS:
+            raise CPQError(f"`budget` must be one of {', '.join(map(repr, BUDGETS))}, got {self.budget!r}")
+        for learn, target, largest in (
+            ("learn_bits", "target_bits", "weight_bits"),
+            ("learn_activation_bits", "target_activation_bits", "activation_bits"),
+        ):
+            learned, wanted, most = getattr(self, learn), getattr(self, target), getattr(self, largest)
+            anywhere = learned or any(changes.get(learn) for changes in self.overrides.values())
+            if most is None and (learned or wanted is not None):
+                raise CPQError(f"`{learn if learned else target}` needs `{largest}`, the largest width, to be set")
+            if wanted is None:
+                continue
+            if not anywhere:
+                raise CPQError(
+                    f"`{target}` (={wanted!r}) goes with `{learn}=True`: without it every layer has `{largest}` "
+                    f"(={most}) bits. Set `{learn}=True`, or leave `{target}` out"
+                )
+            # a layer may have a larger width of its own, so only the lower end is certain here
+            highest = max([most, *(changes.get(largest) or 0 for changes in self.overrides.values())])
+            _check_number(target, wanted, self.min_bits, highest, f" (`min_bits` to the largest `{largest}`)")
 
     def layer_spec(self, name: str, shape: tuple[int, ...], transposed: bool, has_float_input: bool) -> LayerSpec:
         """How the module `name` with a weight of this shape is quantized; later overrides win."""
@@ -72,15 +104,20 @@ class QuantizationPlan:
             if matches(pattern, name):
                 settings |= changes
         grouped = settings["granularity"] == "group"
+        learned = settings["learn_bits"] and self.min_bits < settings["weight_bits"]
         weight = WeightSpec(
             shape,
             bits=settings["weight_bits"],
             granularity=settings["granularity"],
             group_size=settings["group_size"] if grouped else None,
             transposed=transposed,
+            min_bits=self.min_bits if learned else None,
         )
         bits = settings["activation_bits"] if has_float_input else None
-        return LayerSpec(weight, None if bits is None else ActivationSpec(bits))
+        if bits is None:
+            return LayerSpec(weight)
+        learned = self.learn_activation_bits and self.min_bits < bits
+        return LayerSpec(weight, ActivationSpec(bits, min_bits=self.min_bits if learned else None))
 
     def overridden(self, name: str) -> bool:
         """Whether some override names this module."""
@@ -133,8 +170,15 @@ def _check_tensor_fields(values: dict[str, Any]) -> None:
             check_granularity(value, name)
         elif name == "group_size" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise CPQError(f"`group_size` must be a positive integer, got {value!r}")
+        elif name == "learn_bits":
+            _check_flag(name, value)
 
 
-def _check_number(name: str, value: object, low: float, high: float) -> None:
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise CPQError(f"`{name}` must be true or false, got {value!r}")
+
+
+def _check_number(name: str, value: object, low: float, high: float, meaning: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise CPQError(f"`{name}` must be a number from {low:g} to {high:g}, got {value!r}")
+        raise CPQError(f"`{name}` must be a number from {low:g} to {high:g}{meaning}, got {value!r}")

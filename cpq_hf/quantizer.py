@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,31 +25,123 @@ from . import grid
 from .errors import CPQError
 from .spec import ActivationSpec, WeightSpec, level_bounds
 
+DECIDED = 1e4
+FIRST_LOGIT = 2.0  # P of the first bit that can be dropped: 0.88
+
 
 class Quantizer(nn.Module):
     """What the quantizers of weights and of activations share.
 
+    A learned width is a chain of probabilities `P_j` that bit `j = min_bits+1 .. bits` is kept, the running product of
+    `sigmoid(bit_logits)`. While it is learned, every element draws its width from them (DropBits), and the gradient
+    flows into `bit_logits`; evaluation uses the bits that are more likely kept than not. A decided width is written
+    into `bit_logits` as +-`DECIDED`, where the sigmoid is exactly 1 or 0, so that it travels with every checkpoint.
+
     Args:
+        spec (`WeightSpec` or `ActivationSpec`): The (largest) bit-width, and the smallest if it is learned.
         scale_shape (`tuple[int, ...]`): Shape of `log_alpha`.
+        min_bits (`int`): Bits that DropBits never drops.
         device (`torch.device`): Where the parameters live; the meta device while a checkpoint loads.
     """
 
+    spec: WeightSpec | ActivationSpec
     noise: Tensor
+    drop_rate: Tensor
+    bit_logits: nn.Parameter | None
 
-    def __init__(self, scale_shape: tuple[int, ...], device: torch.device) -> None:
+    def __init__(
+        self, spec: WeightSpec | ActivationSpec, scale_shape: tuple[int, ...], min_bits: int, device: torch.device
+    ) -> None:
         super().__init__()
+        self.spec = spec
         self.log_alpha = nn.Parameter(torch.zeros(scale_shape, dtype=torch.float32, device=device))
-        self.register_buffer("noise", torch.zeros(1, dtype=torch.float32, device=device), persistent=False)
+        for name in ("noise", "drop_rate"):
+            self.register_buffer(name, torch.zeros(1, dtype=torch.float32, device=device), persistent=False)
+        self.max_bits = spec.bits
+        self.min_bits = min(min_bits if spec.min_bits is None else spec.min_bits, spec.bits)
+        self.dropping = False
+        logits = None
+        if spec.min_bits is not None:
+            logits = nn.Parameter(torch.zeros(spec.bits - spec.min_bits, dtype=torch.float32, device=device))
+        self.register_parameter("bit_logits", logits)
+        self._decided: bool | None = None  # what `bit_logits` says, so that a step reads no tensor
+        self._bits = spec.bits
 
     def begin(self, noise: float) -> None:
         """Put the quantizer where training begins, whatever loading has left: first noise, no DropBits."""
         for buffer in self.buffers():
             buffer.zero_()
         self.noise.fill_(noise)
+        self._decided = None
 
     def alpha(self) -> Tensor:
-        """Step size, shape of `log_alpha`, without gradient."""
-        return self.log_alpha.detach().exp()
+        """Step size of the grid of `bits`, shape of `log_alpha`, without gradient."""
+        return self.log_alpha.detach().exp() * self._coarser(self.bits)
+
+    def _coarser(self, bits: int) -> float:
+        """Steps of the finest grid in one step of the grid of `bits`."""
+        return float(2 ** (self.max_bits - bits))
+
+    @property
+    def learning(self) -> bool:
+        """Whether the width is still being learned."""
+        if self.bit_logits is None:
+            return False
+        if self._decided is None:
+            self._decided = bool((self.bit_logits.detach().abs() > DECIDED / 2).all())
+            self._bits = self._likely_bits()
+        return not self._decided
+
+    @property
+    def bits(self) -> int:
+        """Bit-width of the grid: in evaluation, and once packed."""
+        return self._likely_bits() if self.learning else self._bits
+
+    def current_spec(self) -> Any:
+        """The spec of the grid as it is evaluated and packed: a learned width as it stands."""
+        return replace(self.spec, bits=self.bits, min_bits=None)
+
+    @torch.no_grad()
+    def keep_probabilities(self) -> Tensor:
+        """`P_j` of a learned width, `[max_bits - min_bits]`."""
+        assert self.bit_logits is not None
+        return self.bit_logits.sigmoid().cumprod(0)
+
+    def start_learning(self) -> None:
+        """Begin with every bit likely."""
+        if self.bit_logits is not None:
+            self.bit_logits.data.fill_(FIRST_LOGIT)
+            self._decided = None
+
+    @torch.no_grad()
+    def decide(self, bits: int) -> None:
+        """Fix a learned width."""
+        assert self.bit_logits is not None
+        kept = torch.arange(self.min_bits + 1, self.max_bits + 1, device=self.bit_logits.device) <= bits
+        self.bit_logits.copy_(torch.where(kept, DECIDED, -DECIDED))
+        self._decided = None
+
+    def _likely_bits(self) -> int:
+        return self.min_bits + int((self.keep_probabilities() > 0.5).sum())
+
+    def _quantize(self, x: Tensor, shape: tuple[int, ...], signed: bool, elements: float) -> Tensor:
+        """`x` on the grid, with DropBits in training; `shape` makes `log_alpha` broadcast against it."""
+        alpha = self.log_alpha.exp().view(shape)
+        keep = None
+        learning = self.learning
+        if self.training and learning:
+            assert self.bit_logits is not None
+            keep, bits = self.bit_logits.sigmoid().cumprod(0), self.max_bits
+        else:
+            bits = self.bits
+            if self.bit_logits is not None:  # a parameter that is trained sits in the graph of every step
+                alpha = alpha * self._coarser(bits) + 0 * self.bit_logits.sum()
+            elif self.training and self.dropping and self.min_bits < bits:
+                keep = (1 - self.drop_rate).expand(bits - self.min_bits).cumprod(0)
+        scale = gradient_scale(elements, bits, signed)
+        if keep is None:
+            return grid.fake_quantize(x, alpha, self.noise, bits, signed, scale)
+        return grid.fake_quantize_dropped(x, alpha, self.noise, keep, bits, signed, self.min_bits, scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -57,9 +150,13 @@ class Quantizer(nn.Module):
 
         return super()._apply(keep_dtype, recurse)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._decided = None
+
 
 class WeightQuantizer(Quantizer):
-    """Quantizes a weight; under training, with DropBits while `dropping` is set.
+    """Quantizes a weight; under training, with DropBits while `dropping` is set or the width is learned.
 
     Args:
         spec (`WeightSpec`): Bit-width, granularity and shape.
@@ -67,29 +164,21 @@ class WeightQuantizer(Quantizer):
         device (`torch.device`): Device of the weight.
     """
 
-    drop_rate: Tensor
+    spec: WeightSpec
 
     def __init__(self, spec: WeightSpec, min_bits: int, device: torch.device) -> None:
-        super().__init__(spec.scale_shape, device)
-        self.spec = spec
-        self.min_bits = min(min_bits, spec.bits)
-        self.dropping = False
-        self.register_buffer("drop_rate", torch.zeros(1, dtype=torch.float32, device=device), persistent=False)
+        super().__init__(spec, spec.scale_shape, min_bits, device)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Weight of any floating dtype -> the same shape and dtype, on the grid."""
         spec = self.spec
-        alpha = _broadcastable(self.log_alpha.exp())
-        scale = gradient_scale(spec.elements_per_scale, spec.bits, signed=True)
-        grouped = to_grouped(weight, spec)
-        if self.training and self.dropping and self.min_bits < spec.bits:
-            keep = (1 - self.drop_rate).expand(spec.bits - self.min_bits).cumprod(0)
-            quantized = grid.fake_quantize_dropped(
-                grouped, alpha, self.noise, keep, spec.bits, True, self.min_bits, scale
-            )
-        else:
-            quantized = grid.fake_quantize(grouped, alpha, self.noise, spec.bits, True, scale)
+        quantized = self._quantize(to_grouped(weight, spec), self._shape, True, spec.elements_per_scale)
         return from_grouped(quantized, spec)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        """`[1]` -> `[1, 1, 1]`; `[rows, groups]` -> `[rows, groups, 1]`."""
+        return (1, 1, 1) if self.log_alpha.dim() == 1 else (*self.log_alpha.shape, 1)
 
     @torch.no_grad()
     def initialize(self, weight: Tensor) -> None:
@@ -97,27 +186,28 @@ class WeightQuantizer(Quantizer):
         rows = to_grouped(weight, self.spec)
         if self.spec.granularity == "tensor":
             rows = rows.reshape(1, 1, -1)
-        alpha = grid.least_squares_alpha(rows, self.spec.bits, signed=True)
+        bits = self.max_bits if self.learning else self.bits
+        alpha = grid.least_squares_alpha(rows, bits, signed=True) / self._coarser(bits)
         self.log_alpha.copy_(alpha.log().reshape(self.log_alpha.shape))
 
     @torch.no_grad()
     def levels(self, weight: Tensor) -> Tensor:
         """Integer levels of `weight` as the packed form stores them: int8 `[rows, columns]`."""
         grouped = to_grouped(weight, self.spec)
-        levels = grid.nearest_levels(grouped, _broadcastable(self.alpha()), self.spec.bits, signed=True)
+        levels = grid.nearest_levels(grouped, self.alpha().view(self._shape), self.bits, signed=True)
         return levels.flatten(1).to(torch.int8)
 
     @torch.no_grad()
     def cluster_distance(self, weight: Tensor) -> Tensor:
         """Mean distance to the nearest level, in steps, of the weights inside the grid: 0.25 if spread evenly."""
-        v = to_grouped(weight, self.spec).float() / _broadcastable(self.alpha())
-        lo, hi = self.spec.bounds
+        v = to_grouped(weight, self.spec).float() / self.alpha().view(self._shape)
+        lo, hi = level_bounds(self.bits, signed=True)
         inside = (v > lo - 0.5) & (v < hi + 0.5)
         return ((v - v.round()).abs() * inside).sum() / inside.sum().clamp(min=1)
 
     def extra_repr(self) -> str:
         group = f", group_size={self.spec.group_size}" if self.spec.group_size else ""
-        return f"bits={self.spec.bits}, granularity={self.spec.granularity}{group}"
+        return f"bits={_bits_text(self)}, granularity={self.spec.granularity}{group}"
 
 
 class ActivationQuantizer(Quantizer):
@@ -129,13 +219,15 @@ class ActivationQuantizer(Quantizer):
 
     Args:
         spec (`ActivationSpec`): Bit-width.
+        min_bits (`int`): Bits that DropBits never drops.
         device (`torch.device`): Device of the layer.
         name (`str`): Dotted name of the layer, for error messages.
     """
 
-    def __init__(self, spec: ActivationSpec, device: torch.device, name: str = "") -> None:
-        super().__init__((1,), device)
-        self.spec = spec
+    spec: ActivationSpec
+
+    def __init__(self, spec: ActivationSpec, min_bits: int, device: torch.device, name: str = "") -> None:
+        super().__init__(spec, (1,), min_bits, device)
         self.name = name
         self.signed = nn.Parameter(torch.full((1,), math.nan, device=device, dtype=torch.float32), requires_grad=False)
         self._known_signed: bool | None = None  # what `signed` says, so that a step reads no tensor
@@ -157,9 +249,7 @@ class ActivationQuantizer(Quantizer):
             self.fit([_sample(x)])
             if not self.calibrated:  # nothing but zeros so far
                 return x
-        signed = bool(self._known_signed)
-        scale = gradient_scale(x.numel() / max(1, x.shape[0]), self.spec.bits, signed)
-        return grid.fake_quantize(x, self.log_alpha.exp(), self.noise, self.spec.bits, signed, scale)
+        return self._quantize(x, (1,), bool(self._known_signed), x.numel() / max(1, x.shape[0]))
 
     def begin(self, noise: float) -> None:
         """As for any quantizer; and `signed` is not trained, which loading forgets when it replaces parameters."""
@@ -209,7 +299,8 @@ class ActivationQuantizer(Quantizer):
         if not bool(sample.any()):
             return
         signed = bool((sample < 0).any())
-        alpha = grid.least_squares_alpha(sample[None], self.spec.bits, signed)
+        bits = self.max_bits if self.learning else self.bits
+        alpha = grid.least_squares_alpha(sample[None], bits, signed) / self._coarser(bits)
         self.log_alpha.copy_(alpha.log().view(1))
         self.signed.fill_(float(signed))
         self._known_signed = signed
@@ -221,14 +312,14 @@ class ActivationQuantizer(Quantizer):
                 f"the activations of `{self.name}` were never calibrated: train a step or run "
                 "`cpq_hf.calibrate_model` first"
             )
-        return ActivationSpec(self.spec.bits, self._known_signed)
+        return replace(self.current_spec(), signed=self._known_signed)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._known_signed = None
 
     def extra_repr(self) -> str:
-        return f"bits={self.spec.bits}, signed={self._known_signed}"
+        return f"bits={_bits_text(self)}, signed={self._known_signed}"
 
 
 def gradient_scale(elements: float, bits: int, signed: bool) -> float:
@@ -248,9 +339,10 @@ def from_grouped(grouped: Tensor, spec: WeightSpec) -> Tensor:
     return matrix.t().contiguous() if spec.transposed else matrix.view(spec.shape)
 
 
-def _broadcastable(alpha: Tensor) -> Tensor:
-    """`[1]` -> `[1, 1, 1]`; `[rows, groups]` -> `[rows, groups, 1]`."""
-    return alpha.view(1, 1, 1) if alpha.dim() == 1 else alpha.unsqueeze(-1)
+def _bits_text(quantizer: Quantizer) -> str:
+    logits = quantizer.bit_logits
+    learning = logits is not None and (logits.is_meta or quantizer.learning)
+    return f"{quantizer.min_bits}..{quantizer.max_bits}" if learning else str(quantizer.bits)
 
 
 SAMPLE_SIZE = 1 << 16

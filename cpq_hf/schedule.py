@@ -8,6 +8,7 @@ that is deployed.
 from __future__ import annotations
 
 DROPBITS_END = 0.75
+LENGTHS_END = 0.5
 
 
 def noise_scale(progress: float, start: float, end: float) -> float:
@@ -18,6 +19,11 @@ def noise_scale(progress: float, start: float, end: float) -> float:
 def drop_rate(progress: float, rate: float) -> float:
     """Probability with which a bit is dropped, given that the bits below it are kept."""
     return rate * max(0.0, 1.0 - _clamp(progress) / DROPBITS_END)
+
+
+def learning_steps(total_steps: int) -> int:
+    """Optimizer steps during which bit-lengths are learned; then they are decided, and the rest runs at fixed ones."""
+    return max(1, round(total_steps * LENGTHS_END))
 
 
 def _clamp(progress: float) -> float:

@@ -21,6 +21,7 @@ from typing import Any
 from .errors import CPQError
 
 MIN_BITS, MAX_BITS = 2, 8
+RAREST = 0.02  # probabilities of bits are kept this far from 0 and 1 where they divide
 GRANULARITIES = ("tensor", "channel", "group")
 
 
@@ -28,6 +29,15 @@ def check_bits(value: object, field: str = "bits") -> None:
     """Raise unless `value` is a bit-width this package knows (an integer from 2 to 8)."""
     if isinstance(value, bool) or not isinstance(value, int) or not MIN_BITS <= value <= MAX_BITS:
         raise CPQError(f"`{field}` must be an integer from {MIN_BITS} to {MAX_BITS}, got {value!r}")
+
+
+def check_min_bits(min_bits: int | None, bits: int) -> None:
+    """Raise unless `min_bits` is None or a width below `bits`."""
+    if min_bits is None:
+        return
+    check_bits(min_bits, "min_bits")
+    if min_bits >= bits:
+        raise CPQError(f"a learned width needs `min_bits` (={min_bits}) below the largest (={bits})")
 
 
 def level_bounds(bits: int, signed: bool) -> tuple[int, int]:
@@ -45,6 +55,7 @@ class WeightSpec:
         granularity (`str`): What shares a step size: `"tensor"`, `"channel"` (a row) or `"group"` (part of a row).
         group_size (`int`, *optional*): Columns per group; only with `granularity="group"`.
         transposed (`bool`): The weight is stored `[in, out]`, as transformers' `Conv1D` does.
+        min_bits (`int`, *optional*): Set while the bit-width is learned, between `min_bits` and `bits`.
 
     Raises:
         CPQError: On bits outside 2..8, an unknown granularity, or a group size that does not divide the columns.
@@ -55,10 +66,12 @@ class WeightSpec:
     granularity: str = "channel"
     group_size: int | None = None
     transposed: bool = False
+    min_bits: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
         check_bits(self.bits)
+        check_min_bits(self.min_bits, self.bits)
         check_granularity(self.granularity)
         if (self.granularity == "group") != (self.group_size is not None):
             raise CPQError(
@@ -103,7 +116,7 @@ class WeightSpec:
         return level_bounds(self.bits, signed=True)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"shape": list(self.shape)}
+        return _as_dict(self) | {"shape": list(self.shape)}
 
 
 @dataclass(frozen=True)
@@ -114,16 +127,19 @@ class ActivationSpec:
         bits (`int`): Bit-width, 2 to 8.
         signed (`bool`, *optional*): Grid `-2^(bits-1) .. 2^(bits-1)-1` if true, `0 .. 2^bits-1` if false; `None`
             until calibration has seen data.
+        min_bits (`int`, *optional*): Set while the bit-width is learned, between `min_bits` and `bits`.
     """
 
     bits: int
     signed: bool | None = None
+    min_bits: int | None = None
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
+        check_min_bits(self.min_bits, self.bits)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return _as_dict(self)
 
 
 @dataclass(frozen=True)
@@ -151,3 +167,8 @@ def check_granularity(value: object, field: str = "granularity") -> None:
     """Raise unless `value` names a granularity."""
     if value not in GRANULARITIES:
         raise CPQError(f"`{field}` must be one of {', '.join(map(repr, GRANULARITIES))}, got {value!r}")
+
+
+def _as_dict(spec: WeightSpec | ActivationSpec) -> dict[str, Any]:
+    """As `asdict`; a width that is not learned is not mentioned, as before widths could be learned."""
+    return {name: value for name, value in asdict(spec).items() if name != "min_bits" or value is not None}

@@ -122,6 +122,7 @@ def select(model: nn.Module, plan: QuantizationPlan) -> dict[str, LayerSpec]:
             selected[name] = plan.layer_spec(name, module.weight.shape, kind.transposed, kind.has_float_input)
         except CPQError as error:
             raise CPQError(f"`{name}`: {error}") from error
+    _check_target(selected, plan)
     if not selected:
         raise CPQError(
             f"nothing would be quantized: of {len(known)} layers of a type that can be ("
@@ -129,6 +130,18 @@ def select(model: nn.Module, plan: QuantizationPlan) -> dict[str, LayerSpec]:
             "or by `modules_to_not_convert`"
         )
     return selected
+
+
+def _check_target(selected: Mapping[str, LayerSpec], plan: QuantizationPlan) -> None:
+    """Raise if layers of fixed width alone keep the mean over weights above the target."""
+    weights = [spec.weight for spec in selected.values()]
+    least = sum(w.numel * (w.min_bits or w.bits) for w in weights) / max(1, sum(w.numel for w in weights))
+    if plan.target_bits is not None and plan.budget == "weights" and least > plan.target_bits + 1e-9:
+        raise CPQError(
+            f"`target_bits` (={plan.target_bits}) cannot be met: with every learned layer at `min_bits` (="
+            f"{plan.min_bits}) the mean is still {least:.2f}, for layers of fixed width; raise the target or let more "
+            "layers learn"
+        )
 
 
 def _check_is_float(model: nn.Module) -> None:
@@ -187,8 +200,10 @@ def initialize(model: nn.Module) -> None:
     """Fit the step sizes of all weights by least squared error; those of activations wait for data."""
     for name, layer in training_layers(model):
         check_finite(name, layer.weight)
+        layer.weight_quantizer.start_learning()
         layer.weight_quantizer.initialize(layer.weight)
         if layer.input_quantizer is not None:
+            layer.input_quantizer.start_learning()
             layer.input_quantizer.reset()
 
 
@@ -289,6 +304,11 @@ def pack(model: nn.Module) -> dict[str, LayerSpec]:
     for name, layer in layers.items():
         check_finite(name, layer.weight)
         check_finite(f"{name}.weight_quantizer", layer.weight_quantizer.log_alpha)
+        if any(item is not None and item.learning for item in (layer.weight_quantizer, layer.input_quantizer)):
+            raise CPQError(
+                f"the bit-lengths of `{name}` are still being learned: `CPQController.finish()` decides them under "
+                "the target (CPQCallback does so when training ends)"
+            )
         if layer.input_quantizer is not None:
             check_finite(f"{name}.input_quantizer", layer.input_quantizer.log_alpha)
             layer.input_quantizer.resolved_spec()

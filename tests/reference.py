@@ -11,9 +11,11 @@ from cpq_hf.spec import level_bounds
 def fake_quantize(
     x: Tensor, alpha: Tensor, noise: Tensor, bits: int, signed: bool, drawn: Tensor | None = None
 ) -> Tensor:
-    """One-hot of the mode forward, the cell probabilities backward; `drawn` narrows the grid per element."""
+    """One-hot of the mode forward, the cell probabilities backward; `drawn` gives each element its own bit-width."""
     lo, hi = level_bounds(bits, signed)
     levels = torch.arange(lo, hi + 1, dtype=x.dtype)
+    if drawn is not None:
+        alpha = alpha * 2.0 ** (bits - drawn)
     v = (x / alpha)[..., None]
     if drawn is None:
         first, last = torch.full_like(v, lo), torch.full_like(v, hi)
@@ -32,15 +34,31 @@ def fake_quantize(
     return alpha * (straight_through * levels).sum(-1)
 
 
+def at_widths(x: Tensor, alpha: Tensor, bits: int, min_bits: int, signed: bool) -> list[Tensor]:
+    """`x` quantized with min_bits, ..., bits bits on nested grids: the step doubles with each bit that is dropped."""
+    steps = [alpha * 2.0 ** (bits - k) for k in range(min_bits, bits + 1)]
+    widths = range(min_bits, bits + 1)
+    return [torch.round(x / a).clamp(*level_bounds(k, signed)) * a for k, a in zip(widths, steps, strict=True)]
+
+
 def mean_over_draws(x: Tensor, alpha: Tensor, keep: Tensor, bits: int, signed: bool) -> Tensor:
-    """Mean forward value under DropBits, alpha (c_min + sum_j P_j (c_j - c_{j-1})), differentiable in `keep`."""
-    min_bits = bits - keep.numel()
-    n = torch.round(x / alpha)
-    clamped = [n.clamp(*level_bounds(k, signed)) for k in range(min_bits, bits + 1)]
-    total = clamped[0]
-    for probability, here, below in zip(keep, clamped[1:], clamped[:-1], strict=True):
+    """Mean forward value under DropBits: x_min + sum_j P_j (x_j - x_{j-1})."""
+    quantized = at_widths(x, alpha, bits, bits - keep.numel(), signed)
+    total = quantized[0]
+    for probability, here, below in zip(keep, quantized[1:], quantized[:-1], strict=True):
         total = total + probability * (here - below)
-    return alpha * total
+    return total
+
+
+def keep_gradient(x: Tensor, alpha: Tensor, keep: Tensor, drawn: Tensor, g: Tensor, bits: int, signed: bool) -> Tensor:
+    """`dL/dP_j` for one draw of bit-widths, element by element."""
+    quantized = at_widths(x, alpha, bits, bits - keep.numel(), signed)
+    gradients = []
+    for j, probability in enumerate(keep, start=1):
+        kept = drawn >= bits - keep.numel() + j
+        weight = torch.where(kept, 1 / (2 * probability), 1 / (2 * (1 - probability)))
+        gradients.append((g * (quantized[j] - quantized[j - 1]) * weight).sum())
+    return torch.stack(gradients)
 
 
 def expected_level_slope(v: Tensor, noise: float, bits: int, signed: bool) -> Tensor:

@@ -85,10 +85,29 @@ def test_gradient_of_keep_probabilities(bits, signed):
     x, alpha, noise = case(bits, signed, "channel", EXACT_NOISE)
     keep = torch.linspace(0.9, 0.4, bits - 2, dtype=torch.float64, requires_grad=True)
     g = torch.randn_like(x)
+    torch.manual_seed(5)
     grid.fake_quantize_dropped(x, alpha, noise, keep, bits, signed, 2).backward(g)
-    got, keep.grad = keep.grad, None
-    reference.mean_over_draws(x, alpha, keep, bits, signed).backward(g)
-    assert torch.allclose(got, keep.grad, rtol=1e-9, atol=1e-9)
+    torch.manual_seed(5)
+    drawn = (grid.draw_last_levels(x, keep, signed, 2).double() + 1).log2().long() + signed
+    want = reference.keep_gradient(x.detach(), alpha.detach(), keep.detach(), drawn, g, bits, signed)
+    assert torch.allclose(keep.grad, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("probability", [0.9, 0.5, 0.2])
+def test_gradient_of_a_keep_probability_is_that_of_the_expected_loss(probability):
+    """For a quadratic loss of independent elements it is exact in the mean; a plain sum of G * difference is not."""
+    torch.manual_seed(0)
+    x = torch.randn(40, dtype=torch.float64)
+    curvature, target = torch.rand_like(x) + 0.5, torch.randn_like(x)
+    alpha, noise = torch.tensor([0.35], dtype=torch.float64), torch.tensor([0.1], dtype=torch.float64)
+    keep = torch.tensor([probability], dtype=torch.float64, requires_grad=True)
+    coarse, fine = reference.at_widths(x, alpha, 3, 2, True)
+    want = (0.5 * curvature * ((fine - target).square() - (coarse - target).square())).sum()
+    draws = 40_000
+    quantized = grid.fake_quantize_dropped(x.expand(draws, 40), alpha, noise, keep, 3, True, 2)
+    (0.5 * curvature * (quantized - target).square()).sum().div(draws).backward()
+    assert keep.grad.item() == pytest.approx(want.item(), abs=0.1)
+    assert abs(want.item()) > 1
 
 
 @SIGNED

@@ -14,13 +14,14 @@ RANKS = [
     {"quantizer"},
     {"nn"},
     {"surgery", "summary"},
+    {"lengths", "distillation"},
     {"controller"},
     {"hf"},
     {"cli"},
     {"__init__"},
 ]
 # within a rank, in this order
-WITHIN = {"spec": {"errors"}, "plan": {"grid"}, "summary": {"surgery"}}
+WITHIN = {"spec": {"errors"}, "kernels": {"spec"}, "plan": {"grid"}, "summary": {"surgery"}}
 
 
 def rank(room: str) -> int:

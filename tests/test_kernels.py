@@ -83,6 +83,24 @@ def test_equal_to_torch_operations(layout, dtype, bits, signed, dropped, eager, 
     assert torch.allclose(ours[2], theirs[2], rtol=1e-5, atol=1e-6 * scale)
 
 
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("layout", [*SHAPES, "columns"])
+def test_gradient_of_keep_probabilities_equals_torch_operations(layout, dtype, signed, eager):
+    if layout == "columns":
+        x, alpha = torch.randn(96, 130).mul(3).to(dtype).t()[:, None, :], torch.rand(130, 1, 1) + 0.2
+    else:
+        x, alpha, _ = (tensor.detach() for tensor in case(*SHAPES[layout], dtype, 5))
+    g = torch.randn(x.shape).to(dtype)
+    keep = torch.tensor([0.999, 0.7, 0.01])
+    last_levels = grid.draw_last_levels(x, keep, signed, 2)
+    ours = cpu.keep_gradient(x, alpha, 5, signed, last_levels, keep, g)
+    theirs = eager(lambda: grid._keep_gradient(x, alpha, keep, last_levels, g, 5, signed))
+    terms = 25 * (g.float() * alpha).norm() * 16  # the sums cancel: relative to the size of what they add up
+    assert ours is not None
+    assert ((ours - theirs).abs() <= 1e-6 * terms).all()
+
+
 def test_transposed_weights(eager):
     weight = torch.randn(96, 130, requires_grad=True)  # [in, out], as transformers' Conv1D has it
     alpha = (torch.rand(130, 1, 1) + 0.2).requires_grad_()

@@ -23,7 +23,9 @@ class CPQCallback(TrainerCallback, ExportableState):
     """Runs CPQ in a `Trainer`: noise and DropBits follow the progress of training, metrics go to the log.
 
     Logged with the Trainer's own metrics: `cpq/noise` (in grid steps), `cpq/drop_rate`, `cpq/mean_bits` and
-    `cpq/cluster_distance` (in grid steps; 0.25 means evenly spread).
+    `cpq/cluster_distance` (in grid steps; 0.25 means evenly spread); with learned bit-lengths `cpq/expected_bits` and
+    the multiplier of the budget, `cpq/multiplier`, too (with `activation_` before for those of activations).
+    Lengths that are not decided when training ends are decided then.
 
     Args:
         config (`CPQConfig`, *optional*): Given, it prepares the Trainer's float model when the Trainer is made. Leave
@@ -78,12 +80,15 @@ class CPQCallback(TrainerCallback, ExportableState):
             "cpq/mean_bits": report.mean_bits,
             "cpq/cluster_distance": report.cluster_distance,
         }
+        values |= {f"cpq/{name}": value for name, value in self.controller.metrics().items()}
         logs.update(values)
         state.log_history[-1].update(values)  # Trainer appended its copy before it called us
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.controller is not None:
+            self.controller.finish()
         self._detach()
         if self.pack:
             pack_model(kwargs["model"])

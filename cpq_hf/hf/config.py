@@ -28,9 +28,21 @@ class CPQConfig(QuantizationPlan, QuantizationConfigMixin):
         granularity (`str`, defaults to `"channel"`): What shares a step size: `"tensor"`, `"channel"` (an output
             channel) or `"group"` (`group_size` input features of an output channel).
         group_size (`int`, defaults to 128): Input features per group, with `granularity="group"`. Must divide them.
-        min_bits (`int`, defaults to 2): Bits that DropBits never drops.
+        learn_bits (`bool`, defaults to False): Learn the width of each weight between `min_bits` and `weight_bits`, in
+            the first half of training; the second half trains at the widths that were decided.
+        min_bits (`int`, defaults to 2): Smallest learned width, and the bits that DropBits never drops.
+        target_bits (`float`, *optional*): With `learn_bits`, the mean width over the quantized weights to end at or
+            under. None leaves it to the loss, which may hold [`bit_penalty`].
+        budget (`str`, defaults to `"weights"`): What the mean of `target_bits` counts: `"weights"`, or `"macs"`,
+            multiply-accumulates as seen in the first batch.
+        tie_bits (`bool`, defaults to False): Learn one width for layers that inference engines fuse: query, key and
+            value; gate and up; the experts of a layer.
+        learn_activation_bits (`bool`, defaults to False): The same for inputs, between `min_bits` and
+            `activation_bits`.
+        target_activation_bits (`float`, *optional*): Their mean width, over the elements of the inputs.
         dropbits (`float`, defaults to 0.1): Rate at which DropBits drops a bit of a weight at the start of training,
-            0 to 0.9; it falls to 0 over the first three quarters of training.
+            0 to 0.9; it falls to 0 over the first three quarters of training. Not for weights that learn their width.
+        activation_dropbits (`float`, defaults to 0): The same for inputs.
         noise_start (`float`, defaults to 1/3): Scale of the logistic noise at the start of training, in grid steps,
             0.02 to 0.5. At 1/2 the estimator is nearly plain straight-through.
         noise_end (`float`, defaults to 0.1): The same at the end. The smaller, the more weights cluster on the grid.
@@ -38,8 +50,8 @@ class CPQConfig(QuantizationPlan, QuantizationConfigMixin):
         modules_to_not_convert (`list[str]`, *optional*): Names or patterns to leave in floating point. None means
             what transformers leaves out, the output head and tied embeddings; `[]` means nothing.
         overrides (`dict[str, dict]`, *optional*): Other settings for single modules, by name or pattern:
-            `weight_bits`, `activation_bits`, `granularity`, `group_size`. Later entries win. A module named here is
-            quantized even if it is the output head or an embedding.
+            `weight_bits`, `activation_bits`, `granularity`, `group_size`, `learn_bits`. Later entries win. A module
+            named here is quantized even if it is the output head or an embedding.
         layers, packed, format_version, checksums: Written into checkpoints, never by hand: the table of quantized
             layers as it was resolved, whether they are packed, and the CRC-32 of each tensor.
 

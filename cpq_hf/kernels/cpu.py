@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..spec import RAREST, level_bounds
+
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("grid.c")
@@ -73,6 +75,24 @@ def gradients(
     return None if failed else (grad_x, grad_alpha)
 
 
+def keep_gradient(
+    x: Tensor, alpha: Tensor, bits: int, signed: bool, last_levels: Tensor, keep: Tensor, g: Tensor
+) -> Tensor | None:
+    """Gradient of the probabilities with which bits are kept, or None if it cannot be done here."""
+    if (layout := _layout(x, alpha, last_levels)) is None or keep.dtype != torch.float32:
+        return None
+    if (library := load()) is None:
+        return None
+    if g.stride() != x.stride() or g.dtype != x.dtype:
+        g = torch.empty_like(x).copy_(g)
+    gradient, keep = torch.empty(keep.numel()), keep.detach().contiguous()
+    failed = library.cpq_keep_gradient(
+        x.data_ptr(), alpha.data_ptr(), last_levels.data_ptr(), g.data_ptr(), keep.data_ptr(), gradient.data_ptr(),
+        *layout, *level_bounds(bits, signed), keep.numel(), RAREST, _is_bf16(x), _threads(x),
+    )  # fmt: skip
+    return None if failed else gradient
+
+
 def name() -> str:
     """`"c"` if quantizers on the CPU run on `grid.c` in this process, else `"eager"`."""
     return "eager" if load() is None else "c"
@@ -89,7 +109,8 @@ def load() -> ctypes.CDLL | None:
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.cpq_forward.argtypes = [pointer] * 4 + [size] * 2 + [number] * 5
     library.cpq_backward.argtypes = [pointer] * 7 + [size] * 2 + [number] * 6
-    library.cpq_forward.restype, library.cpq_backward.restype = None, number
+    library.cpq_keep_gradient.argtypes = [pointer] * 6 + [size] * 2 + [number] * 4 + [ctypes.c_float] + [number] * 2
+    library.cpq_forward.restype, library.cpq_backward.restype, library.cpq_keep_gradient.restype = None, number, number
     return library
 
 

@@ -6,7 +6,7 @@
      ONE      x [rows * columns], alpha [1]
 
    x, out, g and grad_x are float32 or bfloat16; arithmetic is float32. `last` is NULL or, under DropBits, the last
-   level of each element's own grid. No sum is split among threads, so results do not depend on their number.
+   level of each element's own grid, whose step is the wider the fewer levels it has. No sum is split among threads, so results do not depend on their number.
 
    A level is found by clamping first and rounding then, which for whole bounds is the same as the other way round;
    rounding to even adds and subtracts 1.5 * 2^23. NaN stays NaN: every comparison with it is false. */
@@ -82,18 +82,23 @@ INLINE float exp_negative(float t) {
     return t > 87.0f ? 0.0f : p * scale;
 }
 
+/* Steps of the full grid in one step of the grid whose last level is `last`: a power of two. */
+INLINE float coarser(float hi, float last) { return (hi + 1.0f) / (last + 1.0f); }
+
 INLINE float element_forward(const task *job, int64_t i, float alpha, int bf16, int dropped) {
     float hi = dropped ? (float)job->last[i] : job->hi;
     float lo = dropped ? (job->is_signed ? -1.0f - hi : 0.0f) : job->lo;
+    alpha = dropped ? alpha * coarser(job->hi, hi) : alpha;
     return round_even(clamp(load(job->x, i, bf16) / alpha, lo, hi)) * alpha;
 }
 
 /* Stores grad_x and returns the element's share of grad_alpha. */
 INLINE float element_backward(const task *job, int64_t i, float alpha, int bf16, int dropped, int narrow) {
-    float v = clamp(load(job->x, i, bf16) / alpha, job->lo - 3.0f, job->hi + 3.0f);
-    float n = round_even(v);
     float hi = dropped ? (float)job->last[i] : job->hi;
     float lo = dropped ? (job->is_signed ? -1.0f - hi : 0.0f) : job->lo;
+    float ratio = dropped ? coarser(job->hi, hi) : 1.0f;
+    float v = clamp(load(job->x, i, bf16) / (alpha * ratio), lo - 3.0f, hi + 3.0f);
+    float n = round_even(v);
     float half = narrow && !dropped ? 1.5f : 2.0f;
     float t = (v - clamp(n, lo + half, hi - half)) * job->inverse;
     float e = exp_negative(fabsf(t));
@@ -117,7 +122,7 @@ INLINE float element_backward(const task *job, int64_t i, float alpha, int bf16,
     density *= job->inverse;
     float g = load(job->g, i, bf16);
     store(job->out, i, density * g, bf16);
-    return (clamp(n, lo, hi) - v * density) * g;
+    return (clamp(n, lo, hi) - v * density) * g * ratio;
 }
 
 /* The spans below are written once and compiled once for each combination of their last arguments, which is what lets
@@ -234,5 +239,55 @@ int cpq_backward(const void *x, const float *alpha, const uint8_t *last, const f
         grad_alpha[0] = (float)sum;
         free(sums);
     }
+    return 0;
+}
+
+/* One bit-width: the levels of its grid in steps of the full grid, the difference to one bit less. */
+INLINE float at_width(float v, float ratio, float lo, float hi) { return round_even(clamp(v / ratio, lo, hi)) * ratio; }
+
+/* dL/dP_j for the bits j = min_bits+1 .. bits: keep_gradient[count]. keep[count] holds P_j, kept within [rarest,
+   1 - rarest]. Returns 0, or 1 for want of memory. */
+int cpq_keep_gradient(const void *x, const float *alpha, const uint8_t *last, const void *g, const float *keep,
+                      float *keep_gradient, int64_t rows, int64_t columns, int layout, int lo, int hi, int count,
+                      float rarest, int bf16, int threads) {
+    int64_t total = rows * columns, parts = (total + CHUNK - 1) / CHUNK;
+    double *sums = malloc(sizeof(double) * (size_t)(parts * count));
+    if (sums == NULL) return 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t part = 0; part < parts; part++) {
+        int64_t start = part * CHUNK, end = start + CHUNK < total ? start + CHUNK : total;
+        for (int j = 0; j < count; j++) sums[part * count + j] = 0.0;
+        for (int64_t block = start; block < end; block += BLOCK) {
+            int64_t size = block + BLOCK < end ? BLOCK : end - block;
+            float v[BLOCK], g_alpha[BLOCK], below[BLOCK];
+            int64_t row = block / columns, column = block % columns;
+            for (int64_t i = 0; i < size; i++) {
+                float a = alpha[layout == ONE ? 0 : layout == ROWS ? row : column];
+                v[i] = load(x, block + i, bf16) / a;
+                g_alpha[i] = load(g, block + i, bf16) * a;
+                if (++column == columns) column = 0, row++;
+            }
+            for (int j = 0; j <= count; j++) {
+                float ratio = (float)(1 << (count - j)), last_level = ((float)hi + 1.0f) / ratio - 1.0f;
+                float first_level = lo < 0 ? -1.0f - last_level : 0.0f, sum = 0.0f;
+                float p = j == 0 ? 0.5f : clamp(keep[j - 1], rarest, 1.0f - rarest);
+                float kept = 0.5f / p, dropped = 0.5f / (1.0f - p);
+#pragma omp simd reduction(+ : sum)
+                for (int64_t i = 0; i < size; i++) {
+                    float here = at_width(v[i], ratio, first_level, last_level);
+                    float weight = (float)last[block + i] >= last_level ? kept : dropped;
+                    sum += j == 0 ? 0.0f : g_alpha[i] * (here - below[i]) * weight;
+                    below[i] = here;
+                }
+                if (j > 0) sums[part * count + j - 1] += sum;
+            }
+        }
+    }
+    for (int j = 0; j < count; j++) {
+        double sum = 0.0;
+        for (int64_t part = 0; part < parts; part++) sum += sums[part * count + j];
+        keep_gradient[j] = (float)sum;
+    }
+    free(sums);
     return 0;
 }

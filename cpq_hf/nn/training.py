@@ -35,9 +35,9 @@ class TrainingLayer(nn.Module):
         return x if self.input_quantizer is None else self.input_quantizer(x)
 
     def layer_spec(self) -> LayerSpec:
-        """How this layer is quantized."""
-        activation = None if self.input_quantizer is None else self.input_quantizer.spec
-        return LayerSpec(self.weight_quantizer.spec, activation)
+        """How this layer is quantized, a learned width as it stands."""
+        activation = None if self.input_quantizer is None else self.input_quantizer.current_spec()
+        return LayerSpec(self.weight_quantizer.current_spec(), activation)
 
 
 class CPQLinear(TrainingLayer, nn.Linear):
@@ -107,5 +107,5 @@ def to_training(layer: Any, training_class: type[TrainingLayer], spec: LayerSpec
     swap_class(layer, training_class)
     layer.register_module("weight_quantizer", WeightQuantizer(spec.weight, min_bits, device))
     activation = spec.activation
-    quantizer = None if activation is None else ActivationQuantizer(activation, device, name)
+    quantizer = None if activation is None else ActivationQuantizer(activation, min_bits, device, name)
     layer.register_module("input_quantizer", quantizer)

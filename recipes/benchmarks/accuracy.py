@@ -1,0 +1,312 @@
+"""Measure what quantization costs in accuracy: CPQ, LSQ and the peers on four tasks, all from the same float models.
+
+    python recipes/benchmarks/accuracy.py                                  # the whole table: some hours on two cores
+    python recipes/benchmarks/accuracy.py --tasks resnet --bits 2 --methods lsq cpq --seeds 2
+    python recipes/benchmarks/accuracy.py --report                         # tables and plots from what is there
+
+Every run is a line in `--results`, found again by its settings, so a second call only runs what is missing. Per task,
+method and width, the learning rate is the one of `RATES` with the best validation metric over the first two seeds;
+test metrics are reported. Methods start from the same weights, see the same batches in the same order and take the
+same number of steps. Peers need `pip install torchao brevitas optimum-quanto` (without their dependencies).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from methods import PREPARE, covers, positions
+from safetensors.torch import load_file, save_file
+from tasks import TASKS, Batch, Task
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import cpq_hf
+
+RATES = {
+    "resnet": (2e-3, 6e-3, 18e-3),
+    "vit": (7e-4, 2e-3, 6e-3),
+    "bert": (7e-4, 2e-3, 6e-3),
+    "llama": (1.3e-3, 4e-3, 12e-3),
+}
+TUNING_SEEDS = 2
+DISTILL = {"distill": 0.5}
+# name in the table -> method of methods.py and its options
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rtn": ("rtn", {}),
+    "lsq": ("lsq", {}),
+    "torchao": ("torchao", {}),
+    "brevitas": ("brevitas", {}),
+    "quanto": ("quanto", {}),
+    "cpq": ("cpq", {}),
+}
+
+Settings = dict[str, Any]
+Inspect = Callable[[nn.Module, int, torch.optim.Optimizer], None]
+
+
+def take(batch: Batch, index: Any) -> Batch:
+    return {key: value[index] for key, value in batch.items()}
+
+
+def evaluate(model: nn.Module, batch: Batch, task: Task) -> float:
+    """Accuracy in percent, or perplexity."""
+    model.eval()
+    count, total = len(batch["labels"]), 0.0
+    with torch.no_grad():
+        for start in range(0, count, 200):
+            part = take(batch, slice(start, start + 200))
+            output = model(**part)
+            size = len(part["labels"])
+            right = (output.logits.argmax(-1) == part["labels"]).sum().item() if output.logits.dim() == 2 else 0.0
+            total += output.loss.item() * size if task.is_language_model else 100.0 * right
+    return math.exp(min(20.0, total / count)) if task.is_language_model else total / count
+
+
+def optimizer_for(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """AdamW; step sizes of any method and vectors do not decay."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    names = {id(p): n for n, p in model.named_parameters()}
+    decays = [p.dim() > 1 and "quant" not in names[id(p)] for p in trained]
+    groups = [
+        {"params": [p for p, decay in zip(trained, decays, strict=True) if decay is wanted], "weight_decay": value}
+        for wanted, value in ((True, 0.01), (False, 0.0))
+    ]
+    return torch.optim.AdamW(groups, lr=lr)
+
+
+def train(
+    model: nn.Module,
+    train_part: Batch,
+    task: Task,
+    steps: int,
+    lr: float,
+    seed: int,
+    controlled: bool = False,
+    before_step: Inspect | None = None,
+    after_step: Inspect | None = None,
+) -> None:
+    """Warm-up over a tenth of the steps, a cosine to zero, gradients clipped to norm 1, one batch order a seed."""
+    optimizer = optimizer_for(model, lr)
+    warm = max(1, steps // 10)
+
+    def rate(step: int) -> float:
+        return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm) / (steps - warm)))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    controller = cpq_hf.CPQController(model, optimizer, steps) if controlled else None
+    order = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    model.train()
+    waiting: list[Tensor] = []
+    for step in range(steps):
+        if not waiting:
+            waiting = [
+                rows
+                for rows in torch.randperm(len(train_part["labels"]), generator=order).split(task.batch_size)
+                if len(rows) == task.batch_size
+            ]
+        model(**take(train_part, waiting.pop())).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if before_step:
+            before_step(model, step, optimizer)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if after_step:
+            after_step(model, step, optimizer)
+    if controller:
+        controller.detach()
+
+
+def levels(method: str, model: nn.Module) -> list[Tensor]:
+    return [v.round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) for v, bits in positions(method, model)]
+
+
+def cluster_distance(method: str, model: nn.Module) -> float | None:
+    total = count = 0.0
+    for v, bits in positions(method, model):
+        inside = v[(v > -(2 ** (bits - 1)) - 0.5) & (v < 2 ** (bits - 1) - 0.5)]
+        total += (inside - inside.round()).abs().sum().item()
+        count += inside.numel()
+    return total / count if count else None
+
+
+class Flips:
+    """Share of weights whose level changes in one step, seen at ten steps of the last fifth of training."""
+
+    def __init__(self, method: str, steps: int) -> None:
+        self.method, self.shares = method, []
+        self.watched = set(range(steps - steps // 5, steps, max(1, steps // 50)))
+        self.before_levels: list[Tensor] = []
+
+    def before(self, model: nn.Module, step: int, _: Any) -> None:
+        if step in self.watched:
+            self.before_levels = levels(self.method, model)
+
+    def after(self, model: nn.Module, step: int, _: Any) -> None:
+        if step in self.watched and self.before_levels:
+            pairs = list(zip(self.before_levels, levels(self.method, model), strict=True))
+            self.shares.append(sum((a != b).sum().item() for a, b in pairs) / sum(a.numel() for a, _ in pairs))
+
+
+def float_model(task: Task, seed: int, folder: Path) -> nn.Module:
+    """Trained once and kept."""
+    path = folder / f"{task.name}-{seed}-{task.float_steps}.safetensors"
+    torch.manual_seed(seed)
+    model = task.model()
+    if path.exists():
+        model.load_state_dict(load_file(path))
+        return model
+    train(model, task.parts(seed).train, task, task.float_steps, task.float_lr, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    save_file(model.state_dict(), temporary)
+    temporary.replace(path)
+    return model
+
+
+def run(settings: Settings, folder: str) -> dict[str, Any]:
+    """One line of the results: the settings and what came out."""
+    torch.set_num_threads(1)
+    task = TASKS[settings["task"]]
+    seed, method, options = settings["seed"], settings["method"], dict(settings["options"])
+    parts = task.parts(seed)
+    model = float_model(task, seed, Path(folder))
+    result: dict[str, Any] = {}
+    if method != "float":
+        weight = options.pop("distill", 0.0)
+        teacher = copy.deepcopy(model) if weight else None
+        model = PREPARE[method](model, tuple(settings["bits"]), take(parts.train, slice(0, 256)), **options)
+        if teacher is not None:
+            cpq_hf.distill(model, teacher, weight)
+        flips, started = Flips(method, settings["steps"]), time.perf_counter()
+        if method != "rtn":
+            train(
+                model, parts.train, task, settings["steps"], settings["lr"], seed + 1000, method == "cpq",
+                flips.before, flips.after,
+            )  # fmt: skip
+            result["seconds"] = round(time.perf_counter() - started, 2)
+            result["flips"] = mean(flips.shares) if flips.shares else None
+        result["cluster_distance"] = cluster_distance(method, model)
+        if method == "cpq":
+            report = cpq_hf.summarize(model)
+            result["mean_bits"] = report.mean_bits
+            result["layer_bits"] = {layer.name: layer.spec.weight.bits for layer in report.layers}
+    result["validation"] = evaluate(model, parts.validation, task)
+    result["test"] = evaluate(model, parts.test, task)
+    return settings | {"result": result}
+
+
+class Results:
+    """All runs by their settings, in a file of JSON lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.runs = {self.key(line): line["result"] for line in map(json.loads, lines)}
+
+    @staticmethod
+    def key(settings: Settings) -> str:
+        return json.dumps({k: v for k, v in settings.items() if k != "result"}, sort_keys=True)
+
+    def get(self, settings: Settings) -> dict[str, Any] | None:
+        return self.runs.get(self.key(settings))
+
+    def add(self, line: dict[str, Any]) -> None:
+        self.runs[self.key(line)] = line["result"]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, sort_keys=True) + "\n")
+
+    def run_missing(self, wanted: Iterable[Settings], folder: str, jobs: int, label: str) -> None:
+        missing = [settings for settings in wanted if self.get(settings) is None]
+        if not missing:
+            return
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+            futures = {pool.submit(run, settings, folder): settings for settings in missing}
+            for future in tqdm(as_completed(futures), total=len(missing), desc=label, disable=None):
+                try:
+                    self.add(future.result())
+                except Exception as error:
+                    print(f"failed: {futures[future]}: {error!r}", file=sys.stderr)
+
+
+def settings_of(task: Task, variant: str, bits: tuple[int, int], lr: float, seed: int) -> Settings:
+    method, options = VARIANTS[variant]
+    trained = method not in ("float", "rtn")
+    return {
+        "task": task.name, "method": method, "bits": list(bits), "options": options, "seed": seed,
+        "lr": lr if trained else None, "steps": task.steps if trained else 0,
+    }  # fmt: skip
+
+
+def float_settings(task: Task, seed: int) -> Settings:
+    return {"task": task.name, "method": "float", "options": {}, "seed": seed, "steps": task.float_steps}
+
+
+def best_rate(results: Results, task: Task, variant: str, bits: tuple[int, int]) -> float | None:
+    """The rate with the best mean validation metric over the tuning seeds; None while one is missing."""
+    scores = {}
+    for lr in RATES[task.name]:
+        found = [results.get(settings_of(task, variant, bits, lr, seed)) for seed in range(TUNING_SEEDS)]
+        if any(item is None for item in found):
+            return None
+        scores[lr] = mean(item["validation"] for item in found if item)
+    return (min if task.is_language_model else max)(scores, key=scores.__getitem__)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4], help="bit-widths of weights")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time, a core each")
+    parser.add_argument("--results", type=Path, default=Path("docs/results/accuracy.jsonl"))
+    parser.add_argument("--float-models", default="runs/accuracy", help="folder of the float models")
+    args = parser.parse_args()
+    results = Results(args.results)
+    tasks = [TASKS[name] for name in args.tasks]
+    results.run_missing(
+        [float_settings(task, seed) for task in tasks for seed in range(args.seeds)],
+        args.float_models, args.jobs, "float",
+    )  # fmt: skip
+    cells = [
+        (task, variant, bits)
+        for task in tasks
+        for bits in task.widths
+        for variant in args.methods
+        if bits[0] in args.bits and covers(VARIANTS[variant][0], bits)
+    ]
+    tuning = [
+        settings_of(task, variant, bits, lr, seed)
+        for task, variant, bits in cells
+        for lr in RATES[task.name]
+        for seed in range(TUNING_SEEDS)
+    ]
+    results.run_missing(tuning, args.float_models, args.jobs, "learning rates")
+    table = []
+    for task, variant, bits in cells:
+        lr = best_rate(results, task, variant, bits)
+        table += [settings_of(task, variant, bits, lr, seed) for seed in range(args.seeds) if lr is not None]
+    results.run_missing(table, args.float_models, args.jobs, "table")
+
+
+if __name__ == "__main__":
+    main()

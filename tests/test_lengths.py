@@ -90,7 +90,10 @@ def test_penalty_is_the_mean_of_expected_bits():
 
 
 def penalty_gradient(model):
-    return dict(zip(learned(model), torch.autograd.grad(bit_penalty(model), [q.bit_logits for q in learned(model).values()]), strict=True))  # fmt: skip
+    items = learned(model)
+    return dict(
+        zip(items, torch.autograd.grad(bit_penalty(model), [q.bit_logits for q in items.values()]), strict=True)
+    )
 
 
 class Spy:
@@ -192,12 +195,9 @@ def test_a_step_with_an_overflow_moves_no_length():
 def test_optimizers_leave_lengths_alone():
     """Neither their rate nor weight decay reaches the logits, before the decision and after it."""
     runs = []
-    for optimizer_class, fields in (
-        (torch.optim.SGD, {"lr": 0.0}),
-        (torch.optim.AdamW, {"lr": 0.0, "weight_decay": 9}),
-    ):
+    for optimizer_class, decay in ((torch.optim.SGD, 0.0), (torch.optim.AdamW, 9.0)):
         model = prepare_model(build("resnet"), CPQConfig(**LEARN)).train()
-        optimizer = optimizer_class(model.parameters(), **fields)
+        optimizer = optimizer_class(model.parameters(), lr=0.0, weight_decay=decay)
         CPQController(model, optimizer, 10)
         torch.manual_seed(0)
         for _ in range(8):

@@ -26,6 +26,10 @@ both ends times the difference; an element is at one end only, so each end is we
 
     dL/dP_j   = sum G * alpha * (c_j - c_{j-1}) * w_j,   w_j = 1/(2 P_j) where bit j is kept, else 1/(2 (1 - P_j))
 
+**Centred grids.** The signed grid of 2 bits, -2 .. 1, is lopsided; weights are not. Where asked for, its levels lie at
+n + 1/2, at -1.5, -0.5, 0.5 and 1.5 steps: read `v - 1/2` for `v` and `n* + 1/2` for `n*` outside of D. They are odd
+multiples of half a step, hence nested in the full grid as before.
+
 **The window.** S' decays exponentially, so only the 4 boundaries nearest to `v` that exist are summed (3 for 2 bits,
 which is all of them). At s = 1/3 this changes D by at most 0.0083, at s = 0.2 by 2.4e-4, at s = 0.1 by 2.1e-8. The
 window is centred on `m`, the level nearest to `v` whose whole window lies inside the grid, hence symmetric about `m`.
@@ -51,7 +55,7 @@ import torch
 from torch import Tensor
 
 from .kernels import cpu
-from .spec import MIN_BITS, RAREST, level_bounds
+from .spec import CENTERED_BITS, MIN_BITS, RAREST, level_bounds, level_offset
 
 MIN_NOISE, MAX_NOISE = 0.02, 0.5
 WINDOW = 4
@@ -59,7 +63,13 @@ _BEYOND = 3.0  # positions are clamped this far outside the grid, where D is zer
 
 
 def fake_quantize(
-    x: Tensor, alpha: Tensor, noise: Tensor, bits: int, signed: bool, alpha_gradient_scale: float = 1.0
+    x: Tensor,
+    alpha: Tensor,
+    noise: Tensor,
+    bits: int,
+    signed: bool,
+    alpha_gradient_scale: float = 1.0,
+    centered: bool = False,
 ) -> Tensor:
     """Put `x` on the grid, with the gradients of the multi-class straight-through estimator.
 
@@ -70,11 +80,13 @@ def fake_quantize(
         bits (`int`): Bit-width.
         signed (`bool`): Whether the grid has negative levels.
         alpha_gradient_scale (`float`, defaults to 1): Factor on the gradient of `alpha`.
+        centered (`bool`): Whether a grid of 2 bits has its levels at -1.5, -0.5, 0.5 and 1.5 steps.
 
     Returns:
-        `Tensor`: `alpha * clamp(round(x / alpha), lo, hi)`, shape and dtype of `x`.
+        `Tensor`: `alpha * (clamp(round(x / alpha - o), lo, hi) + o)`, shape and dtype of `x`; `o` is 1/2 on a centred
+        grid, else 0.
     """
-    return _Grid.apply(x, alpha, noise, None, None, bits, signed, alpha_gradient_scale)
+    return _Grid.apply(x, alpha, noise, None, None, bits, signed, alpha_gradient_scale, centered)
 
 
 def fake_quantize_dropped(
@@ -86,6 +98,7 @@ def fake_quantize_dropped(
     signed: bool,
     min_bits: int,
     alpha_gradient_scale: float = 1.0,
+    centered: bool = False,
 ) -> Tensor:
     """As [`fake_quantize`], but every element draws its own bit-width from the global generator (DropBits).
 
@@ -95,7 +108,7 @@ def fake_quantize_dropped(
         min_bits (`int`): Bits that are never dropped.
     """
     last_levels = draw_last_levels(x, keep, signed, min_bits)
-    return _Grid.apply(x, alpha, noise, keep, last_levels, bits, signed, alpha_gradient_scale)
+    return _Grid.apply(x, alpha, noise, keep, last_levels, bits, signed, alpha_gradient_scale, centered)
 
 
 def draw_last_levels(x: Tensor, keep: Tensor, signed: bool, min_bits: int) -> Tensor:
@@ -120,9 +133,9 @@ def draw_last_levels(x: Tensor, keep: Tensor, signed: bool, min_bits: int) -> Te
     return last_levels.as_strided(x.shape, x.stride()) if reach == x.numel() else last_levels.view(x.shape)
 
 
-def nearest_levels(x: Tensor, alpha: Tensor, bits: int, signed: bool) -> Tensor:
+def nearest_levels(x: Tensor, alpha: Tensor, bits: int, signed: bool, offset: float = 0.0) -> Tensor:
     """Levels `n*` of `x`, as whole numbers in the arithmetic dtype."""
-    return _position(x, alpha).round_().clamp_(*level_bounds(bits, signed))
+    return _position(x, alpha).sub_(offset).round_().clamp_(*level_bounds(bits, signed))
 
 
 def slope(v: Tensor, noise: Tensor, bits: int, signed: bool) -> Tensor:
@@ -137,29 +150,30 @@ def _position(x: Tensor, alpha: Tensor) -> Tensor:
 class _Grid(torch.autograd.Function):
     # `ctx` has no usable type: torch declares `forward` with any arguments, and a typed override does not fit that
     @staticmethod
-    def forward(ctx, x, alpha, noise, keep, last_levels, bits, signed, alpha_gradient_scale):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, alpha, noise, keep, last_levels, bits, signed, alpha_gradient_scale, centered):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, alpha, noise, keep, last_levels)
-        ctx.bits, ctx.signed, ctx.alpha_gradient_scale = bits, signed, alpha_gradient_scale
-        if (quantized := cpu.quantize(x, alpha, level_bounds(bits, signed), last_levels)) is not None:
+        ctx.bits, ctx.signed, ctx.centered, ctx.alpha_gradient_scale = bits, signed, centered, alpha_gradient_scale
+        if (quantized := cpu.quantize(x, alpha, bits, signed, last_levels, centered)) is not None:
             return quantized
-        lo, hi, coarser = _own_grid(bits, signed, last_levels, alpha.dtype)
+        lo, hi, coarser, offset = _own_grid(bits, signed, last_levels, alpha.dtype, centered)
         own_alpha = alpha * coarser
-        return _position(x, own_alpha).round_().clamp_(lo, hi).mul_(own_alpha).to(x.dtype)
+        levels = _position(x, own_alpha).sub_(offset).round_().clamp_(lo, hi)
+        return levels.add_(offset).mul_(own_alpha).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
         x, alpha, noise, keep, last_levels = ctx.saved_tensors
-        bits, signed = ctx.bits, ctx.signed
+        bits, signed, centered = ctx.bits, ctx.signed, ctx.centered
         grad_x = grad_alpha = grad_noise = grad_keep = None
         if keep is not None and ctx.needs_input_grad[3]:
-            grad_keep = _keep_gradient(x, alpha, keep, last_levels, grad_output, bits, signed)
+            grad_keep = _keep_gradient(x, alpha, keep, last_levels, grad_output, bits, signed, centered)
         if not ctx.needs_input_grad[2]:
             narrow = bits - (0 if keep is None else keep.numel()) == MIN_BITS
-            both = cpu.gradients(x, alpha, level_bounds(bits, signed), last_levels, noise, grad_output, narrow)
+            both = cpu.gradients(x, alpha, bits, signed, last_levels, centered, noise, grad_output, narrow)
             if both is not None:
-                return both[0], both[1].mul_(ctx.alpha_gradient_scale), None, grad_keep, None, None, None, None
-        lo, hi, coarser = _own_grid(bits, signed, last_levels, alpha.dtype)
-        v = _position(x, alpha * coarser).clamp_(lo - _BEYOND, hi + _BEYOND)
+                return both[0], both[1].mul_(ctx.alpha_gradient_scale), None, grad_keep, None, None, None, None, None
+        lo, hi, coarser, offset = _own_grid(bits, signed, last_levels, alpha.dtype, centered)
+        v = _position(x, alpha * coarser).sub_(offset).clamp_(lo - _BEYOND, hi + _BEYOND)
         g = grad_output.to(v.dtype)
         nearest = v.round()
         if ctx.needs_input_grad[2]:
@@ -167,33 +181,45 @@ class _Grid(torch.autograd.Function):
             grad_noise = (moment.mul_(g).mul_(alpha).mul_(coarser).sum() / -noise).sum_to_size(noise.shape)
         density = _slope(v, nearest, noise, lo, hi)
         if ctx.needs_input_grad[1]:
-            level_gradient = nearest.clamp_(lo, hi).addcmul_(v, density, value=-1).mul_(g).mul_(coarser)
+            level_gradient = nearest.clamp_(lo, hi).add_(offset).addcmul_(v.add_(offset), density, value=-1)
+            level_gradient = level_gradient.mul_(g).mul_(coarser)
             grad_alpha = level_gradient.sum_to_size(alpha.shape).mul_(ctx.alpha_gradient_scale)
         if ctx.needs_input_grad[0]:
             grad_x = density.mul_(g).to(x.dtype)
-        return grad_x, grad_alpha, grad_noise, grad_keep, None, None, None, None
+        return grad_x, grad_alpha, grad_noise, grad_keep, None, None, None, None, None
 
 
-def _own_grid(bits: int, signed: bool, last_levels: Tensor | None, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-    """`(lo, hi, steps of alpha in one step)`: numbers, or tensors where each element has its own grid."""
+def _own_grid(
+    bits: int, signed: bool, last_levels: Tensor | None, dtype: torch.dtype, centered: bool
+) -> tuple[Any, Any, Any, Any]:
+    """`(lo, hi, steps of alpha in one step, offset)`: numbers, or tensors where each element has its own grid."""
     if last_levels is None:
-        return (*level_bounds(bits, signed), 1.0)
+        return (*level_bounds(bits, signed), 1.0, level_offset(bits, centered))
     hi = last_levels.to(dtype)
     lo = -1 - hi if signed else torch.zeros_like(hi)
-    return lo, hi, (level_bounds(bits, signed)[1] + 1) / (hi + 1)
+    widest = level_bounds(CENTERED_BITS, signed)[1]
+    offset = (hi <= widest).to(dtype).mul_(0.5) if centered else 0.0
+    return lo, hi, (level_bounds(bits, signed)[1] + 1) / (hi + 1), offset
 
 
 def _keep_gradient(
-    x: Tensor, alpha: Tensor, keep: Tensor, last_levels: Tensor, g: Tensor, bits: int, signed: bool
+    x: Tensor,
+    alpha: Tensor,
+    keep: Tensor,
+    last_levels: Tensor,
+    g: Tensor,
+    bits: int,
+    signed: bool,
+    centered: bool = False,
 ) -> Tensor:
     """`dL/dP_j`: how much the loss falls or rises where bit `j` is kept."""
-    if (gradient := cpu.keep_gradient(x, alpha, bits, signed, last_levels, keep, g)) is not None:
+    if (gradient := cpu.keep_gradient(x, alpha, bits, signed, last_levels, centered, keep, g)) is not None:
         return gradient
     v, g_alpha = _position(x, alpha), g * alpha
     below, gradients = None, list[Tensor]()
     for width in range(bits - keep.numel(), bits + 1):
-        coarser = 2.0 ** (bits - width)
-        here = (v / coarser).round_().clamp_(*level_bounds(width, signed)).mul_(coarser)
+        coarser, offset = 2.0 ** (bits - width), level_offset(width, centered)
+        here = (v / coarser - offset).round_().clamp_(*level_bounds(width, signed)).add_(offset).mul_(coarser)
         if below is not None:
             p = keep[len(gradients)].clamp(RAREST, 1 - RAREST)
             kept = last_levels >= level_bounds(width, signed)[1]
@@ -250,7 +276,7 @@ def _moment(v: Tensor, nearest: Tensor, noise: Tensor, lo: Any, hi: Any) -> Tens
     return total
 
 
-def least_squares_alpha(x: Tensor, bits: int, signed: bool) -> Tensor:
+def least_squares_alpha(x: Tensor, bits: int, signed: bool, offset: float = 0.0) -> Tensor:
     """Step size with the least squared rounding error, for every row of `x`.
 
     A geometric scan, coarse and then fine, finds the right valley of an error that has many; alternating between
@@ -260,6 +286,7 @@ def least_squares_alpha(x: Tensor, bits: int, signed: bool) -> Tensor:
         x (`Tensor` of shape `[..., n]`): Finite values; a row shares one step size.
         bits (`int`): Bit-width.
         signed (`bool`): Whether the grid has negative levels.
+        offset (`float`, defaults to 0): Added to each level.
 
     Returns:
         `Tensor` of shape `[..., 1]`, positive. A row of zeros gets the mean step size of the others (1
@@ -267,7 +294,7 @@ def least_squares_alpha(x: Tensor, bits: int, signed: bool) -> Tensor:
     """
     rows = x.detach().reshape(-1, x.shape[-1])
     step = max(1, ELEMENTS_AT_ONCE // max(1, rows.shape[1]))
-    alpha = torch.cat([_fit_rows(piece, bits, signed) for piece in rows.split(step)])
+    alpha = torch.cat([_fit_rows(piece, bits, signed, offset) for piece in rows.split(step)])
     found = alpha > 0
     fallback = torch.where(found, alpha, 0).sum() / found.sum().clamp(min=1)
     alpha = torch.where(found, alpha, torch.where(fallback > 0, fallback, 1))
@@ -281,7 +308,7 @@ _FINE = 16  # tried between the neighbours of the best of these
 _DESCENTS = 4
 
 
-def _fit_rows(x: Tensor, bits: int, signed: bool) -> Tensor:
+def _fit_rows(x: Tensor, bits: int, signed: bool, offset: float) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     lo, hi = level_bounds(bits, signed)
     largest = x.abs().amax(-1, keepdim=True)
@@ -290,7 +317,8 @@ def _fit_rows(x: Tensor, bits: int, signed: bool) -> Tensor:
 
     def try_step(alpha: Tensor) -> None:
         nonlocal best, least
-        error = (x - (x / alpha).round_().clamp_(lo, hi).mul_(alpha)).square_().sum(-1, keepdim=True)
+        levels = (x / alpha).sub_(offset).round_().clamp_(lo, hi).add_(offset)
+        error = (x - levels.mul_(alpha)).square_().sum(-1, keepdim=True)
         best, least = torch.where(error < least, alpha, best), torch.minimum(error, least)
 
     coarse, fine = best * 2, _RATIO ** (2 / _FINE)
@@ -300,6 +328,6 @@ def _fit_rows(x: Tensor, bits: int, signed: bool) -> Tensor:
     for index in range(_FINE):
         try_step(centre * fine ** (index - _FINE / 2 + 0.5))
     for _ in range(_DESCENTS):
-        levels = (x / best).round_().clamp_(lo, hi)
+        levels = (x / best).sub_(offset).round_().clamp_(lo, hi).add_(offset)
         try_step((x * levels).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True).clamp(min=1))
     return torch.where(largest > 0, best, 0)

@@ -25,6 +25,7 @@ class QuantizationPlan:
     activation_bits: int | None = None
     granularity: str = "channel"
     group_size: int = 128
+    centered: bool = True
     learn_bits: bool = False
     min_bits: int = MIN_BITS
     target_bits: float | None = None
@@ -50,7 +51,7 @@ class QuantizationPlan:
             _check_number(name, getattr(self, name), 0.0, 0.9)
         for name in ("noise_start", "noise_end"):
             _check_number(name, getattr(self, name), MIN_NOISE, MAX_NOISE)
-        for name in ("quantize_embeddings", "tie_bits", "learn_activation_bits"):
+        for name in ("centered", "quantize_embeddings", "tie_bits", "learn_activation_bits"):
             _check_flag(name, getattr(self, name))
         skipped = self.modules_to_not_convert
         if skipped is not None and (isinstance(skipped, str) or not all(isinstance(item, str) for item in skipped)):
@@ -112,6 +113,7 @@ class QuantizationPlan:
             group_size=settings["group_size"] if grouped else None,
             transposed=transposed,
             min_bits=self.min_bits if learned else None,
+            centered=self.centered,
         )
         bits = settings["activation_bits"] if has_float_input else None
         if bits is None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from . import grid
 from .errors import CPQError
-from .spec import ActivationSpec, WeightSpec, level_bounds
+from .spec import ActivationSpec, WeightSpec, level_bounds, level_offset
 
 DECIDED = 1e4
 FIRST_LOGIT = 2.0  # P of the first bit that can be dropped: 0.88
@@ -124,7 +124,9 @@ class Quantizer(nn.Module):
     def _likely_bits(self) -> int:
         return self.min_bits + int((self.keep_probabilities() > 0.5).sum())
 
-    def _quantize(self, x: Tensor, shape: tuple[int, ...], signed: bool, elements: float) -> Tensor:
+    def _quantize(
+        self, x: Tensor, shape: tuple[int, ...], signed: bool, elements: float, centered: bool = False
+    ) -> Tensor:
         """`x` on the grid, with DropBits in training; `shape` makes `log_alpha` broadcast against it."""
         alpha = self.log_alpha.exp().view(shape)
         keep = None
@@ -140,8 +142,8 @@ class Quantizer(nn.Module):
                 keep = (1 - self.drop_rate).expand(bits - self.min_bits).cumprod(0)
         scale = gradient_scale(elements, bits, signed)
         if keep is None:
-            return grid.fake_quantize(x, alpha, self.noise, bits, signed, scale)
-        return grid.fake_quantize_dropped(x, alpha, self.noise, keep, bits, signed, self.min_bits, scale)
+            return grid.fake_quantize(x, alpha, self.noise, bits, signed, scale, centered)
+        return grid.fake_quantize_dropped(x, alpha, self.noise, keep, bits, signed, self.min_bits, scale, centered)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -172,8 +174,13 @@ class WeightQuantizer(Quantizer):
     def forward(self, weight: Tensor) -> Tensor:
         """Weight of any floating dtype -> the same shape and dtype, on the grid."""
         spec = self.spec
-        quantized = self._quantize(to_grouped(weight, spec), self._shape, True, spec.elements_per_scale)
+        grouped = to_grouped(weight, spec)
+        quantized = self._quantize(grouped, self._shape, True, spec.elements_per_scale, spec.centered)
         return from_grouped(quantized, spec)
+
+    def current_spec(self) -> WeightSpec:
+        spec: WeightSpec = super().current_spec()
+        return replace(spec, centered=spec.offset > 0)
 
     @property
     def _shape(self) -> tuple[int, ...]:
@@ -187,20 +194,23 @@ class WeightQuantizer(Quantizer):
         if self.spec.granularity == "tensor":
             rows = rows.reshape(1, 1, -1)
         bits = self.max_bits if self.learning else self.bits
-        alpha = grid.least_squares_alpha(rows, bits, signed=True) / self._coarser(bits)
+        offset = level_offset(bits, self.spec.centered)
+        alpha = grid.least_squares_alpha(rows, bits, True, offset) / self._coarser(bits)
         self.log_alpha.copy_(alpha.log().reshape(self.log_alpha.shape))
 
     @torch.no_grad()
     def levels(self, weight: Tensor) -> Tensor:
         """Integer levels of `weight` as the packed form stores them: int8 `[rows, columns]`."""
         grouped = to_grouped(weight, self.spec)
-        levels = grid.nearest_levels(grouped, self.alpha().view(self._shape), self.bits, signed=True)
+        alpha = self.alpha().view(self._shape)
+        levels = grid.nearest_levels(grouped, alpha, self.bits, True, level_offset(self.bits, self.spec.centered))
         return levels.flatten(1).to(torch.int8)
 
     @torch.no_grad()
     def cluster_distance(self, weight: Tensor) -> Tensor:
         """Mean distance to the nearest level, in steps, of the weights inside the grid: 0.25 if spread evenly."""
         v = to_grouped(weight, self.spec).float() / self.alpha().view(self._shape)
+        v = v - level_offset(self.bits, self.spec.centered)
         lo, hi = level_bounds(self.bits, signed=True)
         inside = (v > lo - 0.5) & (v < hi + 0.5)
         return ((v - v.round()).abs() * inside).sum() / inside.sum().clamp(min=1)

@@ -22,6 +22,7 @@ from .errors import CPQError
 
 MIN_BITS, MAX_BITS = 2, 8
 RAREST = 0.02  # probabilities of bits are kept this far from 0 and 1 where they divide
+CENTERED_BITS = 2  # the widest grid that is centred on zero where a weight asks for it
 GRANULARITIES = ("tensor", "channel", "group")
 
 
@@ -45,6 +46,11 @@ def level_bounds(bits: int, signed: bool) -> tuple[int, int]:
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
+def level_offset(bits: int, centered: bool) -> float:
+    """What is added to a level: 1/2 on a centred grid, whose levels then lie at -1.5, -0.5, 0.5 and 1.5 steps."""
+    return 0.5 if centered and bits <= CENTERED_BITS else 0.0
+
+
 @dataclass(frozen=True)
 class WeightSpec:
     """How one weight tensor is quantized.
@@ -56,6 +62,7 @@ class WeightSpec:
         group_size (`int`, *optional*): Columns per group; only with `granularity="group"`.
         transposed (`bool`): The weight is stored `[in, out]`, as transformers' `Conv1D` does.
         min_bits (`int`, *optional*): Set while the bit-width is learned, between `min_bits` and `bits`.
+        centered (`bool`): At 2 bits, put the levels at -1.5, -0.5, 0.5 and 1.5 steps instead of -2, -1, 0 and 1.
 
     Raises:
         CPQError: On bits outside 2..8, an unknown granularity, or a group size that does not divide the columns.
@@ -67,6 +74,7 @@ class WeightSpec:
     group_size: int | None = None
     transposed: bool = False
     min_bits: int | None = None
+    centered: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
@@ -110,6 +118,11 @@ class WeightSpec:
     @property
     def elements_per_scale(self) -> int:
         return self.numel // max(1, math.prod(self.scale_shape))
+
+    @property
+    def offset(self) -> float:
+        """What is added to a level before it is scaled."""
+        return level_offset(self.bits, self.centered)
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -170,5 +183,6 @@ def check_granularity(value: object, field: str = "granularity") -> None:
 
 
 def _as_dict(spec: WeightSpec | ActivationSpec) -> dict[str, Any]:
-    """As `asdict`; a width that is not learned is not mentioned, as before widths could be learned."""
-    return {name: value for name, value in asdict(spec).items() if name != "min_bits" or value is not None}
+    """As `asdict`, without the fields of special cases where they do not apply."""
+    values = asdict(spec)
+    return {name: value for name, value in values.items() if name not in ("min_bits", "centered") or value}

@@ -9,14 +9,21 @@ from cpq_hf.spec import level_bounds
 
 
 def fake_quantize(
-    x: Tensor, alpha: Tensor, noise: Tensor, bits: int, signed: bool, drawn: Tensor | None = None
+    x: Tensor,
+    alpha: Tensor,
+    noise: Tensor,
+    bits: int,
+    signed: bool,
+    drawn: Tensor | None = None,
+    centered: bool = False,
 ) -> Tensor:
     """One-hot of the mode forward, the cell probabilities backward; `drawn` gives each element its own bit-width."""
     lo, hi = level_bounds(bits, signed)
     levels = torch.arange(lo, hi + 1, dtype=x.dtype)
-    if drawn is not None:
-        alpha = alpha * 2.0 ** (bits - drawn)
-    v = (x / alpha)[..., None]
+    width = torch.full_like(x, bits) if drawn is None else drawn
+    alpha = alpha * 2.0 ** (bits - width)
+    offset = torch.where(width == 2, 0.5, 0.0)[..., None] if centered else torch.zeros((), dtype=x.dtype)
+    v = (x / alpha)[..., None] - offset
     if drawn is None:
         first, last = torch.full_like(v, lo), torch.full_like(v, hi)
     else:
@@ -31,14 +38,18 @@ def fake_quantize(
     mode = torch.round(v.detach()).clamp(first, last)
     one_hot = (levels == mode).to(x.dtype)
     straight_through = one_hot + probabilities - probabilities.detach()
-    return alpha * (straight_through * levels).sum(-1)
+    return alpha * (straight_through * (levels + offset)).sum(-1)
 
 
-def at_widths(x: Tensor, alpha: Tensor, bits: int, min_bits: int, signed: bool) -> list[Tensor]:
+def at_widths(
+    x: Tensor, alpha: Tensor, bits: int, min_bits: int, signed: bool, centered: bool = False
+) -> list[Tensor]:
     """`x` quantized with min_bits, ..., bits bits on nested grids: the step doubles with each bit that is dropped."""
-    steps = [alpha * 2.0 ** (bits - k) for k in range(min_bits, bits + 1)]
-    widths = range(min_bits, bits + 1)
-    return [torch.round(x / a).clamp(*level_bounds(k, signed)) * a for k, a in zip(widths, steps, strict=True)]
+    quantized = []
+    for width in range(min_bits, bits + 1):
+        step, offset = alpha * 2.0 ** (bits - width), 0.5 if centered and width == 2 else 0.0
+        quantized.append((torch.round(x / step - offset).clamp(*level_bounds(width, signed)) + offset) * step)
+    return quantized
 
 
 def mean_over_draws(x: Tensor, alpha: Tensor, keep: Tensor, bits: int, signed: bool) -> Tensor:
@@ -50,9 +61,11 @@ def mean_over_draws(x: Tensor, alpha: Tensor, keep: Tensor, bits: int, signed: b
     return total
 
 
-def keep_gradient(x: Tensor, alpha: Tensor, keep: Tensor, drawn: Tensor, g: Tensor, bits: int, signed: bool) -> Tensor:
+def keep_gradient(
+    x: Tensor, alpha: Tensor, keep: Tensor, drawn: Tensor, g: Tensor, bits: int, signed: bool, centered: bool = False
+) -> Tensor:
     """`dL/dP_j` for one draw of bit-widths, element by element."""
-    quantized = at_widths(x, alpha, bits, bits - keep.numel(), signed)
+    quantized = at_widths(x, alpha, bits, bits - keep.numel(), signed, centered)
     gradients = []
     for j, probability in enumerate(keep, start=1):
         kept = drawn >= bits - keep.numel() + j

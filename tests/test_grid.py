@@ -56,6 +56,31 @@ def test_forward_and_gradients_equal_the_textbook_form(bits, granularity, signed
         assert torch.allclose(got, want, rtol=1e-9, atol=1e-9), (name, (got - want).abs().max())
 
 
+@pytest.mark.parametrize("granularity", ALPHA_SHAPES)
+def test_centred_grid_equals_the_textbook_form(granularity):
+    x, alpha, noise = case(2, True, granularity, EXACT_NOISE)
+    ours = gradients(grid.fake_quantize, x, alpha, noise, 2, True, 1.0, True)
+    theirs = gradients(reference.fake_quantize, x, alpha, noise, 2, True, None, True)
+    for name, got, want in zip(("x_hat", "dx", "dalpha", "dnoise"), ours, theirs, strict=True):
+        assert torch.allclose(got, want, rtol=1e-9, atol=1e-9), (name, (got - want).abs().max())
+    assert set((ours[0] / alpha.detach()).mul(2).round().unique().tolist()) == {-3, -1, 1, 3}
+
+
+def test_centring_concerns_two_bits_only_and_fits_weights_better():
+    x = torch.randn(1, 1, 50_000)
+    noise = torch.tensor([0.2])
+    for bits in BITS[1:]:
+        alpha = grid.least_squares_alpha(x, bits, True)
+        plain, centered = (grid.fake_quantize(x, alpha, noise, bits, True, 1.0, flag) for flag in (False, True))
+        assert torch.equal(plain, centered)
+    errors = []
+    for flag, offset in ((False, 0.0), (True, 0.5)):
+        alpha = grid.least_squares_alpha(x, 2, True, offset)
+        errors.append((grid.fake_quantize(x, alpha, noise, 2, True, 1.0, flag) - x).square().mean().item())
+    assert errors[1] < 0.85 * errors[0]
+    assert errors[1] == pytest.approx(0.1188, rel=0.03)  # Max 1960: the best uniform quantizer of 4 levels
+
+
 @SIGNED
 @pytest.mark.parametrize("min_bits", [2, 3])
 @pytest.mark.parametrize("bits", [3, 4, 8])
@@ -71,10 +96,10 @@ def test_dropbits_gradients_equal_the_textbook_form(bits, min_bits, signed):
 
     def ours_function(*args):
         torch.manual_seed(3)
-        return grid.fake_quantize_dropped(*args, keep, bits, signed, min_bits)
+        return grid.fake_quantize_dropped(*args, keep, bits, signed, min_bits, 1.0, signed)
 
     ours = gradients(ours_function, x, alpha, noise)
-    theirs = gradients(reference.fake_quantize, x, alpha, noise, bits, signed, drawn)
+    theirs = gradients(reference.fake_quantize, x, alpha, noise, bits, signed, drawn, signed)
     for name, got, want in zip(("x_hat", "dx", "dalpha", "dnoise"), ours, theirs, strict=True):
         assert torch.allclose(got, want, rtol=1e-9, atol=1e-9), (name, (got - want).abs().max())
 
@@ -86,10 +111,10 @@ def test_gradient_of_keep_probabilities(bits, signed):
     keep = torch.linspace(0.9, 0.4, bits - 2, dtype=torch.float64, requires_grad=True)
     g = torch.randn_like(x)
     torch.manual_seed(5)
-    grid.fake_quantize_dropped(x, alpha, noise, keep, bits, signed, 2).backward(g)
+    grid.fake_quantize_dropped(x, alpha, noise, keep, bits, signed, 2, 1.0, signed).backward(g)
     torch.manual_seed(5)
     drawn = (grid.draw_last_levels(x, keep, signed, 2).double() + 1).log2().long() + signed
-    want = reference.keep_gradient(x.detach(), alpha.detach(), keep.detach(), drawn, g, bits, signed)
+    want = reference.keep_gradient(x.detach(), alpha.detach(), keep.detach(), drawn, g, bits, signed, signed)
     assert torch.allclose(keep.grad, want, rtol=1e-9, atol=1e-9)
 
 

@@ -64,6 +64,7 @@ def both_ways(function, x, alpha, g, eager):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("layout", SHAPES)
 def test_equal_to_torch_operations(layout, dtype, bits, signed, dropped, eager, monkeypatch):
+    centered = signed and bits != 3  # 3 bits, dropped, are the case of an element of 2 bits that is not centred
     x, alpha, g = case(*SHAPES[layout], dtype, bits)
     keep = torch.linspace(0.9, 0.5, bits - 2)
     calls = []
@@ -71,8 +72,8 @@ def test_equal_to_torch_operations(layout, dtype, bits, signed, dropped, eager, 
 
     def function():
         if dropped:
-            return grid.fake_quantize_dropped(x, alpha, NOISE, keep, bits, signed, 2, 0.1)
-        return grid.fake_quantize(x, alpha, NOISE, bits, signed, 0.1)
+            return grid.fake_quantize_dropped(x, alpha, NOISE, keep, bits, signed, 2, 0.1, centered)
+        return grid.fake_quantize(x, alpha, NOISE, bits, signed, 0.1, centered)
 
     ours, theirs = both_ways(function, x, alpha, g, eager)
     assert None not in calls[:2]
@@ -94,8 +95,8 @@ def test_gradient_of_keep_probabilities_equals_torch_operations(layout, dtype, s
     g = torch.randn(x.shape).to(dtype)
     keep = torch.tensor([0.999, 0.7, 0.01])
     last_levels = grid.draw_last_levels(x, keep, signed, 2)
-    ours = cpu.keep_gradient(x, alpha, 5, signed, last_levels, keep, g)
-    theirs = eager(lambda: grid._keep_gradient(x, alpha, keep, last_levels, g, 5, signed))
+    ours = cpu.keep_gradient(x, alpha, 5, signed, last_levels, signed, keep, g)
+    theirs = eager(lambda: grid._keep_gradient(x, alpha, keep, last_levels, g, 5, signed, signed))
     terms = 25 * (g.float() * alpha).norm() * 16  # the sums cancel: relative to the size of what they add up
     assert ours is not None
     assert ((ours - theirs).abs() <= 1e-6 * terms).all()
@@ -191,7 +192,7 @@ def test_results_do_not_depend_on_the_number_of_threads(layout, monkeypatch):
     ids=["float64", "float16", "strided", "alpha per column", "empty"],
 )
 def test_what_the_kernels_leave_to_torch(x, alpha):
-    assert cpu.quantize(x, alpha, (-8, 7), None) is None
+    assert cpu.quantize(x, alpha, 4, True, None, False) is None
     assert grid.fake_quantize(x, alpha, NOISE.to(alpha.dtype), 4, True).shape == x.shape
 
 

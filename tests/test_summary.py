@@ -45,8 +45,9 @@ def test_cluster_distance_is_that_of_the_weights():
     model = small()
     layer = model[0]
     v = layer.weight / layer.weight_quantizer.alpha()
-    inside = (v > -2.5) & (v < 1.5)
-    want = (v - v.round()).abs()[inside].mean().item()
+    assert layer.weight_quantizer.bits == 2  # its levels are at -1.5, -0.5, 0.5 and 1.5 steps
+    inside = v.abs() < 2
+    want = (v - 0.5 - (v - 0.5).round()).abs()[inside].mean().item()
     assert summarize(model).to_dict()["layers"]["0"]["cluster_distance"] == pytest.approx(want, rel=1e-5)
     with torch.no_grad():
         layer.weight.copy_(layer.quantized_weight())

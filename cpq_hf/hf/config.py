@@ -28,6 +28,8 @@ class CPQConfig(QuantizationPlan, QuantizationConfigMixin):
         granularity (`str`, defaults to `"channel"`): What shares a step size: `"tensor"`, `"channel"` (an output
             channel) or `"group"` (`group_size` input features of an output channel).
         group_size (`int`, defaults to 128): Input features per group, with `granularity="group"`. Must divide them.
+        centered (`bool`, defaults to True): Give weights of 2 bits the levels -1.5, -0.5, 0.5 and 1.5 steps, which fit
+            them better than -2, -1, 0 and 1. Other widths are not touched.
         learn_bits (`bool`, defaults to False): Learn the width of each weight between `min_bits` and `weight_bits`, in
             the first half of training; the second half trains at the widths that were decided.
         min_bits (`int`, defaults to 2): Smallest learned width, and the bits that DropBits never drops.

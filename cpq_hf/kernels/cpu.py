@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..spec import RAREST, level_bounds
+from ..spec import CENTERED_BITS, RAREST, level_bounds
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +36,16 @@ _ROWS, _COLUMNS, _ONE = range(3)
 _ELEMENTS_PER_THREAD = 1 << 14  # below that, waking another thread costs more than it saves
 
 
-def quantize(x: Tensor, alpha: Tensor, bounds: tuple[int, int], last_levels: Tensor | None) -> Tensor | None:
-    """`alpha * clamp(round(x / alpha), lo, hi)`, or None if it cannot be done here."""
+def quantize(
+    x: Tensor, alpha: Tensor, bits: int, signed: bool, last_levels: Tensor | None, centered: bool
+) -> Tensor | None:
+    """`x` on the grid, or None if it cannot be done here."""
     if (layout := _layout(x, alpha, last_levels)) is None or (library := load()) is None:
         return None
     out = torch.empty_like(x)
     library.cpq_forward(
         x.data_ptr(), alpha.data_ptr(), _pointer(last_levels), out.data_ptr(),
-        *layout, *bounds, _is_bf16(x), _threads(x),
+        *layout, *level_bounds(bits, signed), _centered_hi(signed, centered), _is_bf16(x), _threads(x),
     )  # fmt: skip
     return out
 
@@ -51,8 +53,10 @@ def quantize(x: Tensor, alpha: Tensor, bounds: tuple[int, int], last_levels: Ten
 def gradients(
     x: Tensor,
     alpha: Tensor,
-    bounds: tuple[int, int],
+    bits: int,
+    signed: bool,
     last_levels: Tensor | None,
+    centered: bool,
     noise: Tensor,
     g: Tensor,
     narrow: bool,
@@ -70,13 +74,21 @@ def gradients(
     grad_x, grad_alpha = torch.empty_like(x), torch.empty_like(alpha)
     failed = library.cpq_backward(
         x.data_ptr(), alpha.data_ptr(), _pointer(last_levels), noise.data_ptr(), g.data_ptr(), grad_x.data_ptr(),
-        grad_alpha.data_ptr(), *layout, *bounds, narrow, _is_bf16(x), _threads(x),
+        grad_alpha.data_ptr(), *layout, *level_bounds(bits, signed), _centered_hi(signed, centered), narrow,
+        _is_bf16(x), _threads(x),
     )  # fmt: skip
     return None if failed else (grad_x, grad_alpha)
 
 
 def keep_gradient(
-    x: Tensor, alpha: Tensor, bits: int, signed: bool, last_levels: Tensor, keep: Tensor, g: Tensor
+    x: Tensor,
+    alpha: Tensor,
+    bits: int,
+    signed: bool,
+    last_levels: Tensor,
+    centered: bool,
+    keep: Tensor,
+    g: Tensor,
 ) -> Tensor | None:
     """Gradient of the probabilities with which bits are kept, or None if it cannot be done here."""
     if (layout := _layout(x, alpha, last_levels)) is None or keep.dtype != torch.float32:
@@ -88,7 +100,8 @@ def keep_gradient(
     gradient, keep = torch.empty(keep.numel()), keep.detach().contiguous()
     failed = library.cpq_keep_gradient(
         x.data_ptr(), alpha.data_ptr(), last_levels.data_ptr(), g.data_ptr(), keep.data_ptr(), gradient.data_ptr(),
-        *layout, *level_bounds(bits, signed), keep.numel(), RAREST, _is_bf16(x), _threads(x),
+        *layout, *level_bounds(bits, signed), _centered_hi(signed, centered), keep.numel(), RAREST,
+        _is_bf16(x), _threads(x),
     )  # fmt: skip
     return None if failed else gradient
 
@@ -107,9 +120,9 @@ def load() -> ctypes.CDLL | None:
         logger.info("the C kernels are not available, quantizers run on torch operations: %s", error)
         return None
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.cpq_forward.argtypes = [pointer] * 4 + [size] * 2 + [number] * 5
-    library.cpq_backward.argtypes = [pointer] * 7 + [size] * 2 + [number] * 6
-    library.cpq_keep_gradient.argtypes = [pointer] * 6 + [size] * 2 + [number] * 4 + [ctypes.c_float] + [number] * 2
+    library.cpq_forward.argtypes = [pointer] * 4 + [size] * 2 + [number] * 6
+    library.cpq_backward.argtypes = [pointer] * 7 + [size] * 2 + [number] * 7
+    library.cpq_keep_gradient.argtypes = [pointer] * 6 + [size] * 2 + [number] * 5 + [ctypes.c_float] + [number] * 2
     library.cpq_forward.restype, library.cpq_backward.restype, library.cpq_keep_gradient.restype = None, number, number
     return library
 
@@ -170,6 +183,11 @@ def _layout(x: Tensor, alpha: Tensor, last_levels: Tensor | None) -> tuple[int, 
 def _is_transposed(x: Tensor) -> bool:
     """Whether `x` is `[rows, 1, k]` over the memory of a contiguous `[k, rows]`."""
     return x.dim() == 3 and x.shape[1] == 1 and x.stride(0) == 1 and x.stride(2) == x.shape[0]
+
+
+def _centered_hi(signed: bool, centered: bool) -> int:
+    """Last level of the widest grid that is centred; -1 for none."""
+    return level_bounds(CENTERED_BITS, signed)[1] if centered else -1
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

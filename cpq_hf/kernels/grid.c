@@ -30,6 +30,8 @@ typedef struct {
     const void *g;
     void *out; /* x_hat, or grad_x */
     float lo, hi;
+    float offset;      /* added to each level */
+    float centered_hi; /* under DropBits: the offset is 1/2 on grids up to this last level; -1 for none */
     int is_signed;
     /* backward only: 1/s and, for each pair of boundaries, c = cosh(o/s) and 1/c^2 - 1 */
     float inverse, c[2], curvature[2];
@@ -88,8 +90,9 @@ INLINE float coarser(float hi, float last) { return (hi + 1.0f) / (last + 1.0f);
 INLINE float element_forward(const task *job, int64_t i, float alpha, int bf16, int dropped) {
     float hi = dropped ? (float)job->last[i] : job->hi;
     float lo = dropped ? (job->is_signed ? -1.0f - hi : 0.0f) : job->lo;
+    float offset = dropped ? (hi <= job->centered_hi ? 0.5f : 0.0f) : job->offset;
     alpha = dropped ? alpha * coarser(job->hi, hi) : alpha;
-    return round_even(clamp(load(job->x, i, bf16) / alpha, lo, hi)) * alpha;
+    return (round_even(clamp(load(job->x, i, bf16) / alpha - offset, lo, hi)) + offset) * alpha;
 }
 
 /* Stores grad_x and returns the element's share of grad_alpha. */
@@ -97,7 +100,8 @@ INLINE float element_backward(const task *job, int64_t i, float alpha, int bf16,
     float hi = dropped ? (float)job->last[i] : job->hi;
     float lo = dropped ? (job->is_signed ? -1.0f - hi : 0.0f) : job->lo;
     float ratio = dropped ? coarser(job->hi, hi) : 1.0f;
-    float v = clamp(load(job->x, i, bf16) / (alpha * ratio), lo - 3.0f, hi + 3.0f);
+    float offset = dropped ? (hi <= job->centered_hi ? 0.5f : 0.0f) : job->offset;
+    float v = clamp(load(job->x, i, bf16) / (alpha * ratio) - offset, lo - 3.0f, hi + 3.0f);
     float n = round_even(v);
     float half = narrow && !dropped ? 1.5f : 2.0f;
     float t = (v - clamp(n, lo + half, hi - half)) * job->inverse;
@@ -122,7 +126,7 @@ INLINE float element_backward(const task *job, int64_t i, float alpha, int bf16,
     density *= job->inverse;
     float g = load(job->g, i, bf16);
     store(job->out, i, density * g, bf16);
-    return (clamp(n, lo, hi) - v * density) * g * ratio;
+    return ((clamp(n, lo, hi) + offset) - (v + offset) * density) * g * ratio;
 }
 
 /* The spans below are written once and compiled once for each combination of their last arguments, which is what lets
@@ -189,9 +193,15 @@ static const forward_function forward_table[2][2][2] = TABLE(forward_);
 static const span_function span_table[2][2][2] = TABLE(span_);
 static const strip_function strip_table[2][2][2] = TABLE(strip_);
 
+static void set_offsets(task *job, int centered_hi) {
+    job->centered_hi = (float)centered_hi;
+    job->offset = job->hi <= job->centered_hi ? 0.5f : 0.0f;
+}
+
 void cpq_forward(const void *x, const float *alpha, const uint8_t *last, void *out, int64_t rows, int64_t columns,
-                 int layout, int lo, int hi, int bf16, int threads) {
+                 int layout, int lo, int hi, int centered_hi, int bf16, int threads) {
     task job = {.x = x, .alpha = alpha, .last = last, .out = out, .lo = lo, .hi = hi, .is_signed = lo < 0};
+    set_offsets(&job, centered_hi);
     forward_function forward = forward_table[bf16][last != NULL][layout == COLUMNS];
     int64_t total = rows * columns, size = layout == ONE ? CHUNK : columns, parts = (total + size - 1) / size;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -205,8 +215,9 @@ void cpq_forward(const void *x, const float *alpha, const uint8_t *last, void *o
    memory. */
 int cpq_backward(const void *x, const float *alpha, const uint8_t *last, const float *noise, const void *g,
                  void *grad_x, float *grad_alpha, int64_t rows, int64_t columns, int layout, int lo, int hi,
-                 int narrow, int bf16, int threads) {
+                 int centered_hi, int narrow, int bf16, int threads) {
     task job = {.x = x, .alpha = alpha, .last = last, .g = g, .out = grad_x, .lo = lo, .hi = hi, .is_signed = lo < 0};
+    set_offsets(&job, centered_hi);
     double inverse = 1.0 / (double)noise[0];
     job.inverse = (float)inverse;
     for (int pair = 0; pair < 2; pair++) {
@@ -243,13 +254,15 @@ int cpq_backward(const void *x, const float *alpha, const uint8_t *last, const f
 }
 
 /* One bit-width: the levels of its grid in steps of the full grid, the difference to one bit less. */
-INLINE float at_width(float v, float ratio, float lo, float hi) { return round_even(clamp(v / ratio, lo, hi)) * ratio; }
+INLINE float at_width(float v, float ratio, float lo, float hi, float offset) {
+    return (round_even(clamp(v / ratio - offset, lo, hi)) + offset) * ratio;
+}
 
 /* dL/dP_j for the bits j = min_bits+1 .. bits: keep_gradient[count]. keep[count] holds P_j, kept within [rarest,
    1 - rarest]. Returns 0, or 1 for want of memory. */
 int cpq_keep_gradient(const void *x, const float *alpha, const uint8_t *last, const void *g, const float *keep,
-                      float *keep_gradient, int64_t rows, int64_t columns, int layout, int lo, int hi, int count,
-                      float rarest, int bf16, int threads) {
+                      float *keep_gradient, int64_t rows, int64_t columns, int layout, int lo, int hi, int centered_hi,
+                      int count, float rarest, int bf16, int threads) {
     int64_t total = rows * columns, parts = (total + CHUNK - 1) / CHUNK;
     double *sums = malloc(sizeof(double) * (size_t)(parts * count));
     if (sums == NULL) return 1;
@@ -270,11 +283,12 @@ int cpq_keep_gradient(const void *x, const float *alpha, const uint8_t *last, co
             for (int j = 0; j <= count; j++) {
                 float ratio = (float)(1 << (count - j)), last_level = ((float)hi + 1.0f) / ratio - 1.0f;
                 float first_level = lo < 0 ? -1.0f - last_level : 0.0f, sum = 0.0f;
+                float offset = last_level <= (float)centered_hi ? 0.5f : 0.0f;
                 float p = j == 0 ? 0.5f : clamp(keep[j - 1], rarest, 1.0f - rarest);
                 float kept = 0.5f / p, dropped = 0.5f / (1.0f - p);
 #pragma omp simd reduction(+ : sum)
                 for (int64_t i = 0; i < size; i++) {
-                    float here = at_width(v[i], ratio, first_level, last_level);
+                    float here = at_width(v[i], ratio, first_level, last_level, offset);
                     float weight = (float)last[block + i] >= last_level ? kept : dropped;
                     sum += j == 0 ? 0.0f : g_alpha[i] * (here - below[i]) * weight;
                     below[i] = here;

@@ -77,7 +77,7 @@ class PackedLayer(nn.Module):
 
     def _scaled(self, levels: Tensor, scale: Tensor) -> Tensor:
         """int8 `[rows, columns]` * scale of these rows -> `[rows, groups, columns/groups]` in the layer's dtype."""
-        grouped = levels.float().unflatten(1, (self.spec.weight.groups, -1))
+        grouped = levels.float().add_(self.spec.weight.offset).unflatten(1, (self.spec.weight.groups, -1))
         return grouped.mul_(scale.view(1, 1, 1) if scale.dim() == 1 else scale.unsqueeze(-1)).to(self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:

@@ -82,7 +82,7 @@ class CPQController:
 
     @property
     def noise(self) -> float:
-        """Noise scale of the coming step, in grid steps."""
+        """Noise scale of weights in the coming step, in grid steps."""
         return schedule.noise_scale(self.step / self.total_steps, self.plan.noise_start, self.plan.noise_end)
 
     @property
@@ -156,8 +156,10 @@ class CPQController:
             learner.decide()
 
     def _apply_schedule(self) -> None:
-        torch._foreach_zero_([quantizer.noise for quantizer in self._quantizers])
-        torch._foreach_add_([quantizer.noise for quantizer in self._quantizers], self.noise)
+        # weights gather on the grid as the noise falls; activations are no parameters, theirs stays as it began
+        noises = [quantizer.noise for quantizer in self._quantizers if isinstance(quantizer, WeightQuantizer)]
+        torch._foreach_zero_(noises)
+        torch._foreach_add_(noises, self.noise)
         progress = self.step / self.total_steps
         for kind, most in (
             (WeightQuantizer, self.plan.dropbits),

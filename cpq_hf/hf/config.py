@@ -47,7 +47,8 @@ class CPQConfig(QuantizationPlan, QuantizationConfigMixin):
         activation_dropbits (`float`, defaults to 0): The same for inputs.
         noise_start (`float`, defaults to 1/3): Scale of the logistic noise at the start of training, in grid steps,
             0.02 to 0.5. At 1/2 the estimator is nearly plain straight-through.
-        noise_end (`float`, defaults to 0.1): The same at the end. The smaller, the more weights cluster on the grid.
+        noise_end (`float`, defaults to 0.1): The same at the end, for weights: the smaller, the more of them cluster
+            on the grid. Activations keep `noise_start`.
         quantize_embeddings (`bool`, defaults to False): Quantize `nn.Embedding` too.
         modules_to_not_convert (`list[str]`, *optional*): Names or patterns to leave in floating point. None means
             what transformers leaves out, the output head and tied embeddings; `[]` means nothing.

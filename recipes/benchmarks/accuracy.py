@@ -4,10 +4,10 @@
     python recipes/benchmarks/accuracy.py --tasks resnet --bits 2 --methods lsq cpq --seeds 2
     python recipes/benchmarks/accuracy.py --report                         # tables and plots from what is there
 
-Every run is a line in `--results`, found again by its settings, so a second call only runs what is missing. Per task,
-method and width, the learning rate is the one of `RATES` with the best validation metric over the first two seeds;
-test metrics are reported. Methods start from the same weights, see the same batches in the same order and take the
-same number of steps. Peers need `pip install torchao brevitas optimum-quanto` (without their dependencies).
+Every run is a line in `--results`, found again by its settings, so a second call only runs what is missing. For each
+task and method the learning rate is the one of `RATES` with the best validation metric over the first two seeds at the
+narrowest width; test metrics are reported. Methods start from the same weights, see the same batches in the same order
+and take the same number of steps. Peers need `pip install torchao brevitas optimum-quanto` (without dependencies).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -38,21 +39,43 @@ from tqdm import tqdm
 import cpq_hf
 
 RATES = {
-    "resnet": (2e-3, 6e-3, 18e-3),
-    "vit": (7e-4, 2e-3, 6e-3),
-    "bert": (7e-4, 2e-3, 6e-3),
-    "llama": (1.3e-3, 4e-3, 12e-3),
+    "resnet": (6e-3, 18e-3, 54e-3),
+    "vit": (2e-3, 6e-3, 18e-3),
+    "bert": (4e-4, 1.3e-3, 4e-3),
+    "llama": (4e-4, 1.3e-3, 4e-3),
 }
 TUNING_SEEDS = 2
-DISTILL = {"distill": 0.5}
-# name in the table -> method of methods.py and its options
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "rtn": ("rtn", {}),
-    "lsq": ("lsq", {}),
-    "torchao": ("torchao", {}),
-    "brevitas": ("brevitas", {}),
-    "quanto": ("quanto", {}),
-    "cpq": ("cpq", {}),
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table: a method of methods.py with options, the row whose learning rate it shares, its widths."""
+
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    rate_of: str = ""
+    min_bits: int = 2
+    learns: bool = False  # up to two bits more than the width, whose mean is the target
+    lengths_of: str = ""  # fixes the lengths that this row has learned, from the start
+
+
+PLAIN = {"centered": False, "dropbits": 0.0}
+TAUGHT = {"distill": 0.9}
+VARIANTS = {
+    "rtn": Variant("rtn"),
+    "lsq": Variant("lsq"),
+    "torchao": Variant("torchao"),
+    "brevitas": Variant("brevitas"),
+    "quanto": Variant("quanto"),
+    "cpq-ste": Variant("cpq", PLAIN | {"noise_start": 0.5, "noise_end": 0.5}),
+    "cpq-plain": Variant("cpq", PLAIN),
+    "cpq": Variant("cpq"),
+    "cpq-flat": Variant("cpq", {"noise_end": 1 / 3}),
+    "cpq-dropbits": Variant("cpq", {"dropbits": 0.1}, "cpq", min_bits=3),
+    "cpq-learned": Variant("cpq", {"learn_bits": True}, "cpq", min_bits=3, learns=True),
+    "cpq-learned-fixed": Variant("cpq", {}, "cpq", min_bits=3, lengths_of="cpq-learned"),
+    "lsq-distilled": Variant("lsq", TAUGHT, "lsq"),
+    "cpq-distilled": Variant("cpq", TAUGHT, "cpq"),
 }
 
 Settings = dict[str, Any]
@@ -193,7 +216,7 @@ def run(settings: Settings, folder: str) -> dict[str, Any]:
         teacher = copy.deepcopy(model) if weight else None
         model = PREPARE[method](model, tuple(settings["bits"]), take(parts.train, slice(0, 256)), **options)
         if teacher is not None:
-            cpq_hf.distill(model, teacher, weight)
+            cpq_hf.distill(model, teacher, weight, temperature=1.0)
         flips, started = Flips(method, settings["steps"]), time.perf_counter()
         if method != "rtn":
             train(
@@ -234,7 +257,8 @@ class Results:
             file.write(json.dumps(line, sort_keys=True) + "\n")
 
     def run_missing(self, wanted: Iterable[Settings], folder: str, jobs: int, label: str) -> None:
-        missing = [settings for settings in wanted if self.get(settings) is None]
+        unique = {self.key(settings): settings for settings in wanted}
+        missing = [settings for settings in unique.values() if self.get(settings) is None]
         if not missing:
             return
         context = multiprocessing.get_context("spawn")
@@ -247,11 +271,22 @@ class Results:
                     print(f"failed: {futures[future]}: {error!r}", file=sys.stderr)
 
 
-def settings_of(task: Task, variant: str, bits: tuple[int, int], lr: float, seed: int) -> Settings:
-    method, options = VARIANTS[variant]
-    trained = method not in ("float", "rtn")
+def settings_of(
+    task: Task, name: str, bits: tuple[int, int], lr: float | None, seed: int, results: Results
+) -> Settings | None:
+    """The settings of one run; None while the run whose lengths it takes over is missing."""
+    variant = VARIANTS[name]
+    options, trained = dict(variant.options), variant.method != "rtn"
+    if variant.learns:
+        options |= {"weight_bits": bits[0] + 2, "target_bits": float(bits[0])}
+    if variant.lengths_of:
+        settings = settings_of(task, variant.lengths_of, bits, lr, seed, results)
+        source = settings and results.get(settings)
+        if not source:
+            return None
+        options["overrides"] = {layer: {"weight_bits": width} for layer, width in source["layer_bits"].items()}
     return {
-        "task": task.name, "method": method, "bits": list(bits), "options": options, "seed": seed,
+        "task": task.name, "method": variant.method, "bits": list(bits), "options": options, "seed": seed,
         "lr": lr if trained else None, "steps": task.steps if trained else 0,
     }  # fmt: skip
 
@@ -260,11 +295,19 @@ def float_settings(task: Task, seed: int) -> Settings:
     return {"task": task.name, "method": "float", "options": {}, "seed": seed, "steps": task.float_steps}
 
 
-def best_rate(results: Results, task: Task, variant: str, bits: tuple[int, int]) -> float | None:
+def tuning_settings(results: Results, task: Task, name: str, lr: float) -> list[Settings]:
+    """Rates are tuned at the narrowest width that the method has."""
+    name = VARIANTS[name].rate_of or name
+    bits = min(bits for bits in task.widths if covers(VARIANTS[name].method, task.name, bits))
+    found = [settings_of(task, name, bits, lr, seed, results) for seed in range(TUNING_SEEDS)]
+    return [settings for settings in found if settings]
+
+
+def best_rate(results: Results, task: Task, name: str) -> float | None:
     """The rate with the best mean validation metric over the tuning seeds; None while one is missing."""
     scores = {}
     for lr in RATES[task.name]:
-        found = [results.get(settings_of(task, variant, bits, lr, seed)) for seed in range(TUNING_SEEDS)]
+        found = [results.get(settings) for settings in tuning_settings(results, task, name, lr)]
         if any(item is None for item in found):
             return None
         scores[lr] = mean(item["validation"] for item in found if item)
@@ -288,24 +331,29 @@ def main() -> None:
         args.float_models, args.jobs, "float",
     )  # fmt: skip
     cells = [
-        (task, variant, bits)
+        (task, name, bits)
         for task in tasks
         for bits in task.widths
-        for variant in args.methods
-        if bits[0] in args.bits and covers(VARIANTS[variant][0], bits)
+        for name in args.methods
+        if bits[0] in args.bits
+        and bits[0] >= VARIANTS[name].min_bits
+        and covers(VARIANTS[name].method, task.name, bits)
     ]
     tuning = [
-        settings_of(task, variant, bits, lr, seed)
-        for task, variant, bits in cells
+        settings
+        for task, name in dict.fromkeys((task, name) for task, name, _ in cells if VARIANTS[name].method != "rtn")
         for lr in RATES[task.name]
-        for seed in range(TUNING_SEEDS)
+        for settings in tuning_settings(results, task, name, lr)
     ]
     results.run_missing(tuning, args.float_models, args.jobs, "learning rates")
-    table = []
-    for task, variant, bits in cells:
-        lr = best_rate(results, task, variant, bits)
-        table += [settings_of(task, variant, bits, lr, seed) for seed in range(args.seeds) if lr is not None]
-    results.run_missing(table, args.float_models, args.jobs, "table")
+    for _ in range(2):  # the second time for rows that take over what others have learned
+        table = [
+            settings_of(task, name, bits, best_rate(results, task, name), seed, results)
+            for task, name, bits in cells
+            if VARIANTS[name].method == "rtn" or best_rate(results, task, name) is not None
+            for seed in range(args.seeds)
+        ]
+        results.run_missing([settings for settings in table if settings], args.float_models, args.jobs, "table")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """The methods that accuracy.py compares: how each prepares a float model, and where its weights lie on their grid.
 
 All quantize the same layers, first and last included, where they can: torchao's quantization-aware training has no
-convolutions, so these stay in floating point there (to its advantage); quanto has no 3-bit weights and no activations
-below 8 bits. Peers run with the settings that their documentation gives for quantization-aware training: a scale per
-output channel (quanto: its own), one per tensor for activations (torchao: one per token, found anew in each batch).
+convolutions, so the ViT's first layer stays in floating point there (to its advantage) and the ResNet is left out;
+quanto has no 3-bit weights and no activations below 8 bits. Peers run with the settings that their documentation
+gives for training: a scale per output channel (quanto: its own), one per tensor for activations (torchao: one per
+token, found anew in each batch).
 """
 
 from __future__ import annotations
@@ -102,24 +103,27 @@ PREPARE: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def covers(method: str, bits: tuple[int, int]) -> bool:
+def covers(method: str, task: str, bits: tuple[int, int]) -> bool:
+    """Whether a method can do it: one linear layer of a ResNet does not count as quantizing it."""
+    if method == "torchao":
+        return task != "resnet"
     return method != "quanto" or (bits[0] in (2, 4, 8) and bits[1] == 8)
 
 
 @torch.no_grad()
 def positions(method: str, model: nn.Module) -> Positions:
-    """Weights divided by their step, for the methods whose grid is `-2^(b-1) .. 2^(b-1)-1` times a learned step."""
+    """Weights in steps of their grid, shifted so that levels are `-2^(b-1) .. 2^(b-1)-1`; nothing for quanto."""
     found = []
     for layer in model.modules():
         if isinstance(layer, TrainingLayer):
-            quantizer = layer.weight_quantizer
-            found.append((layer.weight.flatten(1) / quantizer.alpha().view(-1, 1), quantizer.spec.bits))
+            alpha, spec = layer.weight_quantizer.alpha(), layer.layer_spec().weight
+            found.append((layer.weight.flatten(1) / alpha.view(-1, 1) - spec.offset, spec.bits))
         elif isinstance(getattr(layer, "weight_lsq", None), LSQ):
             lsq = layer.weight_lsq
             found.append((layer.weight.flatten(1) / lsq.step.view(-1, 1), lsq.hi.bit_length() + 1))
-        elif method == "brevitas" and hasattr(layer, "quant_weight_scale"):
-            scale = layer.quant_weight_scale().reshape(-1, 1)
-            found.append((layer.weight.flatten(1) / scale, int(layer.quant_weight_bit_width())))
+        elif method == "brevitas" and hasattr(layer, "quant_weight"):
+            quantized = layer.quant_weight()
+            found.append((layer.weight.flatten(1) / quantized.scale.reshape(-1, 1), int(quantized.bit_width)))
         elif method == "torchao" and type(layer).__name__ == "FakeQuantizedLinear":
             quantizer = layer.weight_fake_quantizer
             quantizer(layer.weight)

@@ -68,25 +68,25 @@ class Task:
 
 
 def digits(scale: int, seed: int) -> Parts:
-    """800 training, 200 validation and 797 test images, pixels in -1..1, each repeated `scale` x `scale` times."""
+    """700 training, 300 validation and 797 test images, pixels in -1..1, each repeated `scale` x `scale` times."""
     images, labels = load_digits(return_X_y=True)
     pixels = torch.tensor(images.reshape(-1, 1, 8, 8).repeat(scale, 2).repeat(scale, 3) / 8 - 1, dtype=torch.float32)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    parts = order[:800], order[800:1000], order[1000:]
+    parts = order[:700], order[700:1000], order[1000:]
     return Parts(*({"pixel_values": pixels[part], "labels": torch.tensor(labels)[part]} for part in parts))
 
 
 def small_resnet() -> nn.Module:
     return ResNetForImageClassification(
-        ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8, 16, 32], depths=[1, 1, 1], layer_type="basic",
+        ResNetConfig(num_channels=1, embedding_size=4, hidden_sizes=[4, 8, 16], depths=[1, 1, 1], layer_type="basic",
                      num_labels=10)
     )  # fmt: skip
 
 
 def small_vit() -> nn.Module:
     return ViTForImageClassification(
-        ViTConfig(image_size=8, patch_size=2, num_channels=1, hidden_size=48, num_hidden_layers=4,
-                  num_attention_heads=4, intermediate_size=96, num_labels=10, hidden_dropout_prob=0.0,
+        ViTConfig(image_size=8, patch_size=2, num_channels=1, hidden_size=32, num_hidden_layers=2,
+                  num_attention_heads=4, intermediate_size=64, num_labels=10, hidden_dropout_prob=0.0,
                   attention_probs_dropout_prob=0.0)
     )  # fmt: skip
 
@@ -172,8 +172,8 @@ TASKS = {
     for task in (
         Task("resnet", functools.partial(digits, 2), small_resnet, ((4, 4), (3, 3), (2, 2)), 600, 500, 32, 1e-2),
         Task("vit", functools.partial(digits, 1), small_vit, ((4, 4), (3, 3), (2, 2)), 1000, 500, 32, 2e-3),
-        Task("bert", lambda seed: package_blocks(), small_bert, ((4, 8), (3, 8), (2, 8), (2, 4)), 2500, 400, 16, 2e-3),
-        Task("llama", lambda seed: library_text(), small_llama, ((4, 8), (3, 8), (2, 8), (2, 4)), 3000, 400, 16, 4e-3,
+        Task("bert", lambda seed: package_blocks(), small_bert, ((4, 8), (3, 8), (2, 8)), 6000, 400, 16, 1e-3),
+        Task("llama", lambda seed: library_text(), small_llama, ((4, 8), (3, 8), (2, 8)), 3000, 400, 16, 4e-3,
              "perplexity"),
     )
 }  # fmt: skip

@@ -51,12 +51,12 @@ class LengthLearner:
         self.items, self.target, self.steps = list(items), target, steps
         self.ties = list(ties)
         self.learned = [index for index, item in enumerate(self.items) if item.bit_logits is not None]
-        self.set_costs(costs)
         logits = [self._logits(row) for row in range(len(self.learned))]
         device = logits[0].device
         self._valid = torch.zeros(len(logits), max(item.numel() for item in logits), device=device)
         for row, item in enumerate(logits):
             self._valid[row, : item.numel()] = 1
+        self.set_costs(costs)
         numbers = {tie: number for number, tie in enumerate(dict.fromkeys(self.ties[i] for i in self.learned))}
         self._tie = torch.tensor([numbers[self.ties[index]] for index in self.learned], device=device)
         self.multiplier, self.integral, self.scale, self.count = (torch.zeros(1, device=device) for _ in range(4))
@@ -67,6 +67,8 @@ class LengthLearner:
         total = sum(costs)
         self.costs = list(costs)
         self.shares = [cost / total for cost in costs]
+        learned = [[self.shares[index]] for index in self.learned]
+        self._learned_shares = torch.tensor(learned, device=self._valid.device)
 
     @property
     def active(self) -> bool:
@@ -88,7 +90,7 @@ class LengthLearner:
             gradient = gradient / grad_scale
         probability = logits.sigmoid()
         keep = probability.cumprod(1) * valid
-        shares = torch.tensor([self.shares[index] for index in self.learned], device=valid.device).unsqueeze(1)
+        shares = self._learned_shares
         # dR/dphi_j = N_l / sum N * (1 - sigmoid(phi_j)) * sum of P_m over m >= j
         penalty = shares * (1 - probability) * keep.flip(1).cumsum(1).flip(1) * valid
         finite = torch.isfinite(gradient).all()  # a scaler that found an overflow skips this step

@@ -119,7 +119,7 @@ class Quantizer(nn.Module):
         assert self.bit_logits is not None
         kept = torch.arange(self.min_bits + 1, self.max_bits + 1, device=self.bit_logits.device) <= bits
         self.bit_logits.copy_(torch.where(kept, DECIDED, -DECIDED))
-        self._decided = None
+        self._decided, self._bits = True, bits  # known here, so that the next step need not ask the device
 
     def _likely_bits(self) -> int:
         return self.min_bits + int((self.keep_probabilities() > 0.5).sum())

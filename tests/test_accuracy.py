@@ -87,7 +87,7 @@ def test_the_report(accuracy, tmp_path, monkeypatch, capsys):
     import report
 
     results = accuracy.Results(tmp_path / "accuracy.jsonl")
-    monkeypatch.setattr(accuracy, "RATES", {"resnet": (1e-3,), "vit": (1e-3,)})
+    monkeypatch.setattr(accuracy, "RATES", dict.fromkeys(accuracy.TASKS, (1e-3,)))
     monkeypatch.setattr(accuracy, "TUNING_SEEDS", 1)
     task = accuracy.TASKS["resnet"]
     for seed in range(2):
@@ -96,10 +96,13 @@ def test_the_report(accuracy, tmp_path, monkeypatch, capsys):
             results.add(accuracy.run(settings(accuracy, results, name, seed), str(tmp_path / "float")))
     for name in ("lsq", "cpq"):  # the rate is tuned at 2 bits
         results.add(accuracy.run(settings(accuracy, results, name, 0, (2, 2)), str(tmp_path / "float")))
-    monkeypatch.setattr(sys, "argv", ["report.py", "--results", str(results.path), "--seeds", "2"])
+    page = tmp_path / "results.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    monkeypatch.setattr(sys, "argv", ["", "--results", str(results.path), "--page", str(page), "--seeds", "2"])
     report.main()
     printed = capsys.readouterr().out
-    assert printed == (tmp_path / "tables.md").read_text() + "\n"
+    written = page.read_text()
+    assert written == f"before\n{report.BEGIN}\n\n{printed}{report.END}\nafter\n"
     assert "**resnet, W3A3** (accuracy; float" in printed
     rows = [line for line in printed.splitlines() if line.startswith("| CPQ, learned")]
     assert len(rows) == 1

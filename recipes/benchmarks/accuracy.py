@@ -2,7 +2,7 @@
 
     python recipes/benchmarks/accuracy.py                                  # the whole table: some hours on two cores
     python recipes/benchmarks/accuracy.py --tasks resnet --bits 2 --methods lsq cpq --seeds 2
-    python recipes/benchmarks/accuracy.py --report                         # tables and plots from what is there
+    python recipes/benchmarks/report.py                                    # tables and plots from what is there
 
 Every run is a line in `--results`, found again by its settings, so a second call only runs what is missing. For each
 task and method the learning rate is the one of `RATES` with the best validation metric over the first two seeds at the
@@ -100,8 +100,8 @@ def evaluate(model: nn.Module, batch: Batch, task: Task) -> float:
     return math.exp(min(20.0, total / count)) if task.is_language_model else total / count
 
 
-def optimizer_for(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """AdamW; step sizes of any method and vectors do not decay."""
+def optimizer_for(model: nn.Module, lr: float, name: str) -> torch.optim.Optimizer:
+    """AdamW, or SGD with momentum; step sizes of any method and vectors do not decay."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     names = {id(p): n for n, p in model.named_parameters()}
     decays = [p.dim() > 1 and "quant" not in names[id(p)] for p in trained]
@@ -109,7 +109,7 @@ def optimizer_for(model: nn.Module, lr: float) -> torch.optim.Optimizer:
         {"params": [p for p, decay in zip(trained, decays, strict=True) if decay is wanted], "weight_decay": value}
         for wanted, value in ((True, 0.01), (False, 0.0))
     ]
-    return torch.optim.AdamW(groups, lr=lr)
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9) if name == "sgd" else torch.optim.AdamW(groups, lr=lr)
 
 
 def train(
@@ -122,9 +122,10 @@ def train(
     controlled: bool = False,
     before_step: Inspect | None = None,
     after_step: Inspect | None = None,
+    optimizer_name: str = "adamw",
 ) -> None:
     """Warm-up over a tenth of the steps, a cosine to zero, gradients clipped to norm 1, one batch order a seed."""
-    optimizer = optimizer_for(model, lr)
+    optimizer = optimizer_for(model, lr, optimizer_name)
     warm = max(1, steps // 10)
 
     def rate(step: int) -> float:
@@ -212,7 +213,7 @@ def run(settings: Settings, folder: str) -> dict[str, Any]:
     model = float_model(task, seed, Path(folder))
     result: dict[str, Any] = {}
     if method != "float":
-        weight = options.pop("distill", 0.0)
+        weight, optimizer = options.pop("distill", 0.0), options.pop("optimizer", "adamw")
         teacher = copy.deepcopy(model) if weight else None
         model = PREPARE[method](model, tuple(settings["bits"]), take(parts.train, slice(0, 256)), **options)
         if teacher is not None:
@@ -221,7 +222,7 @@ def run(settings: Settings, folder: str) -> dict[str, Any]:
         if method != "rtn":
             train(
                 model, parts.train, task, settings["steps"], settings["lr"], seed + 1000, method == "cpq",
-                flips.before, flips.after,
+                flips.before, flips.after, optimizer,
             )  # fmt: skip
             result["seconds"] = round(time.perf_counter() - started, 2)
             result["flips"] = mean(flips.shares) if flips.shares else None

@@ -1,7 +1,7 @@
-"""Turn the results of accuracy.py into docs/results: one table a task and width, and plots.
+"""Turn the results of accuracy.py into docs/results.md: one table a task and width between its marks, and plots.
 
-python recipes/benchmarks/report.py                # reads docs/results/accuracy.jsonl, writes tables.md and pictures
-python recipes/benchmarks/report.py --histograms   # trains three small models for the picture of weights, too
+python recipes/benchmarks/report.py               # from docs/results/accuracy.jsonl
+python recipes/benchmarks/report.py --histograms  # trains three small models for the picture of weights, too
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from methods import PREPARE, covers, positions
 from scipy.stats import t as student
 from tasks import TASKS, Task
 
+BEGIN, END = "<!-- tables: written by recipes/benchmarks/report.py -->", "<!-- end of tables -->"
 LABELS = {
     "rtn": "RTN (rounding only)",
     "lsq": "LSQ",
@@ -189,6 +190,7 @@ def plot_histograms(folder: Path, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("docs/results/accuracy.jsonl"))
+    parser.add_argument("--page", type=Path, default=Path("docs/results.md"), help="gets the tables between its marks")
     parser.add_argument("--float-models", type=Path, default=Path("runs/accuracy"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--histograms", action="store_true")
@@ -200,7 +202,9 @@ def main() -> None:
         for bits in sorted(task.widths)
         if (text := table(results, task, bits, args.seeds))
     ]
-    (folder / "tables.md").write_text("\n".join(tables), encoding="utf-8")
+    before, _, rest = args.page.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    args.page.write_text(f"{before}{BEGIN}\n\n" + "\n".join(tables) + f"\n{END}{after}", encoding="utf-8")
     plot_metric(results, args.seeds, folder / "metric.png")
     plot_lengths(results, args.seeds, folder / "lengths.png")
     if args.histograms:

@@ -1,0 +1,57 @@
+"""Where does the estimator matter? The small ResNet at W2A2 by optimizer and learning rate, all else equal.
+
+    python recipes/benchmarks/regimes.py
+
+LSQ, straight-through in CPQ's own code (the same steps and grid, noise 1/2) and CPQ's estimator alone (noise from 1/3 to
+0.1), on the same lopsided grid. Test accuracy, mean and standard deviation over seeds, and the distance of weights to the
+grid. Runs are cached as in accuracy.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from statistics import mean, stdev
+
+from accuracy import VARIANTS, Results, Settings, settings_of
+from tasks import TASKS
+
+ESTIMATORS = {"lsq": "LSQ", "cpq-ste": "straight-through", "cpq-plain": "CPQ's estimator"}
+RATES = {"adamw": (6e-3, 18e-3, 54e-3, 108e-3), "sgd": (0.03, 0.1, 0.3, 1.0)}
+
+
+def settings(name: str, optimizer: str, lr: float, seed: int, results: Results) -> Settings:
+    chosen = settings_of(TASKS["resnet"], name, (2, 2), lr, seed, results)
+    assert chosen is not None and not VARIANTS[name].lengths_of
+    if optimizer != "adamw":
+        chosen["options"] = chosen["options"] | {"optimizer": optimizer}
+    return chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)))
+    parser.add_argument("--results", type=Path, default=Path("docs/results/accuracy.jsonl"))
+    parser.add_argument("--float-models", default="runs/accuracy")
+    args = parser.parse_args()
+    results = Results(args.results)
+    cells = [(optimizer, lr) for optimizer, rates in RATES.items() for lr in rates]
+    wanted = [settings(n, o, lr, seed, results) for o, lr in cells for n in ESTIMATORS for seed in range(args.seeds)]
+    results.run_missing(wanted, args.float_models, args.jobs, "regimes")
+    print("| optimizer | rate | " + " | ".join(f"{label} | distance" for label in ESTIMATORS.values()) + " |")
+    print("|---|---|" + "---|---|" * len(ESTIMATORS))
+    for optimizer, lr in cells:
+        cell = []
+        for name in ESTIMATORS:
+            found = [results.get(settings(name, optimizer, lr, seed, results)) for seed in range(args.seeds)]
+            tests = [run["test"] for run in found if run]
+            distances = [run["cluster_distance"] for run in found if run]
+            spread = f" ± {stdev(tests):.2f}" if len(tests) > 1 else ""
+            cell.append(f"{mean(tests):.2f}{spread} | {mean(distances):.3f}" if tests else "- | -")
+        print(f"| {optimizer} | {lr:g} | " + " | ".join(cell) + " |")
+
+
+if __name__ == "__main__":
+    main()

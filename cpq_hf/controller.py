@@ -197,18 +197,16 @@ class CPQController:
     # --- costs that only a batch can tell ---
 
     def _measure_costs(self) -> None:
-        """In the first forward pass, note how many positions each weight is used at and how large each input is."""
+        """Until the first optimizer step, count at how many positions each weight is used, and elements of inputs."""
         self._counts = torch.zeros(2, len(self._layers), dtype=torch.float64)
         if self.plan.budget == "weights" and "activation" not in self._learners:
             return
         for index, layer in enumerate(self._layers.values()):
 
             def note(layer: Any, inputs: tuple[Any, ...], output: Tensor, index: int = index) -> None:
-                if layer.training:
-                    examples = max(1, output.shape[0])
-                    spec = layer.weight_quantizer.spec
-                    self._counts[0, index] += output.numel() / examples / spec.rows
-                    self._counts[1, index] += inputs[0].numel() / examples
+                if layer.training and inputs[0].is_floating_point():  # looking up a row multiplies nothing
+                    self._counts[0, index] += output.numel() / layer.weight_quantizer.spec.rows
+                    self._counts[1, index] += inputs[0].numel()
 
             self._measuring.append(layer.register_forward_hook(note))
 

@@ -65,6 +65,11 @@ class LengthLearner:
     def set_costs(self, costs: Sequence[float]) -> None:
         """Replace `N_l`; they count relative to their sum."""
         total = sum(costs)
+        if total <= 0:
+            raise CPQError(
+                "no layer was used in the first training step, so there are no multiply-accumulates or inputs to count; "
+                "use `budget='weights'`, and fixed widths for activations"
+            )
         self.costs = list(costs)
         self.shares = [cost / total for cost in costs]
         learned = [[self.shares[index]] for index in self.learned]

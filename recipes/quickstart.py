@@ -122,16 +122,18 @@ def grid_positions(model) -> np.ndarray:
 
 
 def draw(before: np.ndarray, after: np.ndarray, bits: int, path: Path) -> None:
-    lo, hi = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    # the 2-bit grid is centred on zero: its levels are at -1.5, -0.5, 0.5 and 1.5 steps
+    levels = np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)) + (0.5 if bits == 2 else 0.0)
+    lo, hi = levels[0], levels[-1]
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     for axes, positions, title in zip(
         figure.subplots(1, 2, sharey=True), (before, after), ("before training", "after training"), strict=True
     ):
         axes.hist(positions, bins=np.linspace(lo - 1.5, hi + 1.5, 181), density=True, color="#3465a4")
-        for level in range(lo, hi + 1):
+        for level in levels:
             axes.axvline(level, color="#cc0000", linewidth=0.8)
         inside = positions[(positions > lo - 0.5) & (positions < hi + 0.5)]
-        distance = np.abs(inside - inside.round()).mean()
+        distance = np.abs(inside[:, None] - levels).min(axis=1).mean()
         axes.set_title(f"{title}: mean distance to the grid {distance:.3f}", fontsize=11)
         axes.set_xlabel("weight / step size (red: the levels of the grid)")
     figure.suptitle(f"Weights of the {bits}-bit ResNet on their grid")

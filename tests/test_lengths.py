@@ -269,7 +269,7 @@ def test_multiply_accumulates_weigh_convolutions_by_their_positions():
     optimizer.step()
     costs = dict(zip(controller._layers, controller._learners["weight"].costs, strict=True))
     stem = "resnet.embedder.embedder.convolution"
-    assert costs[stem] == 16 * 16 * 8 * 3 * 49  # 32 x 32 pixels, stride 2
+    assert costs[stem] == 4 * 16 * 16 * 8 * 3 * 49  # 4 images of 32 x 32 pixels, stride 2
     assert controller.state_dict()["lengths"]["weight"]["costs"] == list(costs.values())
 
 
@@ -298,7 +298,7 @@ def test_activations_learn_lengths_signed_and_unsigned():
     signs = [item.resolved_spec().signed for name, item in quantizers(model) if name.endswith("input_quantizer")]
     assert signs == [True, False, False]
     sizes = controller._learners["activation"].costs
-    assert sizes == [16, 256, 256]
+    assert sizes == [32 * 16, 32 * 256, 32 * 256]
     mean = sum(size * layer.spec.activation.bits for size, layer in zip(sizes, layers, strict=True)) / sum(sizes)
     assert mean <= 4.0
     x = torch.randn(8, 16)
@@ -439,3 +439,15 @@ def test_wrong_saved_state():
 def test_config_fields(fields, message):
     with pytest.raises(CPQError, match=message):
         CPQConfig(**fields)
+
+
+def test_a_budget_of_multiply_accumulates_needs_some():
+    model = prepare_model(
+        nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 2)),
+        CPQConfig(**LEARN, budget="macs", quantize_embeddings=True, modules_to_not_convert=["1"]),
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    CPQController(model.train(), optimizer, 400)
+    model(torch.arange(8)).sum().backward()
+    with pytest.raises(CPQError, match="no multiply-accumulates or inputs to count; use `budget='weights'`"):
+        optimizer.step()

@@ -67,8 +67,8 @@ class LengthLearner:
         total = sum(costs)
         if total <= 0:
             raise CPQError(
-                "no layer was used in the first training step, so there are no multiply-accumulates or inputs to count; "
-                "use `budget='weights'`, and fixed widths for activations"
+                "no layer was used in the first training step, so there are no multiply-accumulates or inputs to "
+                "count; use `budget='weights'`, and fixed widths for activations"
             )
         self.costs = list(costs)
         self.shares = [cost / total for cost in costs]

@@ -26,7 +26,7 @@ class CPQController:
     before each optimizer step, hence once however many batches are accumulated, and never for a step that a
     `GradScaler` skips. Noise and drop rate of step `t` are pure functions of `t / total_steps`.
 
-    With `learn_bits`, the first half of the steps learns the widths and ends with a decision, the mean at or under
+    With `learn_bits`, the first quarter of the steps learns the widths and ends with a decision, the mean at or under
     `target_bits`; the rest trains at fixed widths, without DropBits in these layers. A bit less doubles the step size,
     so the decision moves no weight that had decided by itself. Where a run ends earlier, [`finish`] decides.
 

@@ -8,7 +8,7 @@ that is deployed.
 from __future__ import annotations
 
 DROPBITS_END = 0.75
-LENGTHS_END = 0.5
+LENGTHS_END = 0.25
 
 
 def noise_scale(progress: float, start: float, end: float) -> float:

@@ -323,7 +323,7 @@ def test_activation_dropbits_change_training_only():
 def test_deciding_moves_no_output_where_no_width_changes():
     """Half the bits, twice the step: the grid of a decided width is the one that was evaluated before."""
     model = toy(target_bits=None)
-    controller = fit(model, 40, total=100)
+    controller = fit(model, 40, total=400)
     x = torch.randn(8, 16)
     before = model.eval()(x)
     assert torch.equal(before, model(x))
@@ -339,7 +339,7 @@ def test_training_that_ends_early_is_decided_and_told(caplog):
         pack_model(model)
     caplog.set_level(logging.WARNING, logger="cpq_hf")
     controller.finish()
-    assert "training ended at step 10, before the bit-lengths were to be decided at step 200 of 400" in caplog.text
+    assert "training ended at step 10, before the bit-lengths were to be decided at step 100 of 400" in caplog.text
     assert summarize(model).mean_bits <= 2.6
     pack_model(model)
 
@@ -349,13 +349,13 @@ def test_too_few_steps_are_warned_about(caplog):
     fit(toy(), 0, total=400)
     assert not caplog.text
     fit(toy(), 0, total=20)
-    assert "learned during the first 10 of 20 optimizer steps, too few" in caplog.text
-    assert "train at least 200 steps" in caplog.text
+    assert "learned during the first 5 of 20 optimizer steps, too few" in caplog.text
+    assert "train at least 400 steps" in caplog.text
 
 
 def run(folder, resume=None, **fields):
     model = build("resnet")
-    args = arguments(folder, save_strategy="steps", save_steps=2, max_steps=8, seed=3, **fields)
+    args = arguments(folder, save_strategy="steps", save_steps=1, max_steps=12, seed=3, **fields)
     config = CPQConfig(
         **LEARN, activation_bits=6, learn_activation_bits=True, target_activation_bits=4.0, budget="macs"
     )
@@ -367,7 +367,7 @@ def run(folder, resume=None, **fields):
 def test_resume_is_bit_identical_in_every_phase(tmp_path):
     straight = run(tmp_path / "straight")
     want = straight.model.state_dict()
-    for stop in (2, 4, 6):  # while learning, right after the decision, later
+    for stop in (2, 3, 6):  # while learning, right after the decision, later
         got = run(tmp_path / "resumed", str(tmp_path / "straight" / f"checkpoint-{stop}")).model.state_dict()
         assert want.keys() == got.keys()
         for key, value in want.items():
@@ -383,7 +383,7 @@ def test_the_log_and_the_checkpoints(tmp_path):
     assert expected[-1] <= 3.0
     assert {"cpq/multiplier", "cpq/activation_expected_bits", "cpq/activation_multiplier"} <= entries[0].keys()
     batch = inputs("resnet")
-    for step, learning in ((2, True), (8, False)):
+    for step, learning in ((2, True), (12, False)):
         loaded = type(trainer.model).from_pretrained(tmp_path / f"checkpoint-{step}")
         assert all(item.learning is learning for item in learned(loaded).values())
     assert torch.equal(logits(loaded, batch), logits(trainer.model, batch))
@@ -399,7 +399,7 @@ def test_the_log_and_the_checkpoints(tmp_path):
 def test_best_checkpoint_from_before_the_decision_is_decided(tmp_path, caplog):
     model = prepare_model(build("resnet"), CPQConfig(**LEARN))
     args = arguments(
-        tmp_path, max_steps=8, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+        tmp_path, max_steps=12, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
         load_best_model_at_end=True, metric_for_best_model="cpq_first", greater_is_better=False,
     )  # fmt: skip
     trainer = Trainer(

@@ -31,7 +31,7 @@ class CPQConfig(QuantizationPlan, QuantizationConfigMixin):
         centered (`bool`, defaults to True): Give weights of 2 bits the levels -1.5, -0.5, 0.5 and 1.5 steps, which fit
             them better than -2, -1, 0 and 1. Other widths are not touched.
         learn_bits (`bool`, defaults to False): Learn the width of each weight between `min_bits` and `weight_bits`, in
-            the first half of training; the second half trains at the widths that were decided.
+            the first quarter of training; the rest trains at the widths that were decided.
         min_bits (`int`, defaults to 2): Smallest learned width, and the bits that DropBits never drops.
         target_bits (`float`, *optional*): With `learn_bits`, the mean width over the quantized weights to end at or
             under. None leaves it to the loss, which may hold [`bit_penalty`].

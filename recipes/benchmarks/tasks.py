@@ -172,7 +172,7 @@ TASKS = {
     for task in (
         Task("resnet", functools.partial(digits, 2), small_resnet, ((4, 4), (3, 3), (2, 2)), 600, 500, 32, 1e-2),
         Task("vit", functools.partial(digits, 1), small_vit, ((4, 4), (3, 3), (2, 2)), 1000, 500, 32, 2e-3),
-        Task("bert", lambda seed: package_blocks(), small_bert, ((4, 8), (3, 8), (2, 8)), 6000, 400, 16, 1e-3),
+        Task("bert", lambda seed: package_blocks(), small_bert, ((4, 8), (3, 4), (2, 4)), 6000, 400, 16, 1e-3),
         Task("llama", lambda seed: library_text(), small_llama, ((4, 8), (3, 8), (2, 8)), 3000, 400, 16, 4e-3,
              "perplexity"),
     )

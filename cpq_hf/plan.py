@@ -33,7 +33,7 @@ class QuantizationPlan:
     tie_bits: bool = False
     learn_activation_bits: bool = False
     target_activation_bits: float | None = None
-    dropbits: float = 0.1
+    dropbits: float = 0.0
     activation_dropbits: float = 0.0
     noise_start: float = 1 / 3
     noise_end: float = 0.1

@@ -42,9 +42,9 @@ class CPQConfig(QuantizationPlan, QuantizationConfigMixin):
         learn_activation_bits (`bool`, defaults to False): The same for inputs, between `min_bits` and
             `activation_bits`.
         target_activation_bits (`float`, *optional*): Their mean width, over the elements of the inputs.
-        dropbits (`float`, defaults to 0): Rate at which DropBits drops a bit of a weight at the start of training, 0 to
-            0.9; it falls to 0 over the first three quarters of training. Not for weights that learn their width. (0,
-            since 0.1 gained nothing in docs/results.md.)
+        dropbits (`float`, defaults to 0): Rate at which DropBits drops a bit of a weight at the start of training,
+            0 to 0.9; it falls to 0 over the first three quarters of training. Not for weights that learn their width.
+            Off by default, since 0.1 gained nothing in docs/results.md.
         activation_dropbits (`float`, defaults to 0): The same for inputs.
         noise_start (`float`, defaults to 1/3): Scale of the logistic noise at the start of training, in grid steps,
             0.02 to 0.5. At 1/2 the estimator is nearly plain straight-through.

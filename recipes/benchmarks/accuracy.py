@@ -7,7 +7,7 @@
 Every run is a line in `--results`, found again by its settings, so a second call only runs what is missing. For each
 task and method the learning rate is the one of `RATES` with the best validation metric over the first two seeds at the
 narrowest width; test metrics are reported. Methods start from the same weights, see the same batches in the same order
-and take the same number of steps. Peers need `pip install torchao brevitas optimum-quanto` (without dependencies).
+and take the same number of steps. The other packages come with `pip install .[peers]`.
 """
 
 from __future__ import annotations

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from models import build, inputs, logits
+from test_distributed import torchrun
 from test_trainer import arguments, data
 from torch import nn
 from transformers import Trainer, TrainerCallback
@@ -210,11 +208,7 @@ def test_optimizers_leave_lengths_alone():
 
 
 def test_two_processes_learn_the_same_lengths():
-    script = Path(__file__).with_name("distributed_lengths.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "equal" in done.stdout
+    torchrun("distributed_lengths.py")
 
 
 # --- what a user sees ------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ class CPQController:
             optimizer = optimizer.optimizer
         self._handle = optimizer.register_step_pre_hook(self._before_step)
         self._measuring: list[RemovableHandle] = []
-        if any(learner.active for learner in self._learners.values()):
+        if self.learning:
             self._measure_costs()
             if self.learning_steps < lengths.LEAST_STEPS:
                 logger.warning(

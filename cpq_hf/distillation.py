@@ -14,7 +14,7 @@ from .errors import CPQError
 IGNORED = -100  # label of positions that count in no loss, as in transformers
 
 
-def distill(model: nn.Module, teacher: nn.Module, weight: float = 0.5, temperature: float = 2.0) -> RemovableHandle:
+def distill(model: nn.Module, teacher: nn.Module, weight: float = 0.9, temperature: float = 1.0) -> RemovableHandle:
     """From now on, the loss that `model` returns in training is `(1 - weight) * loss + weight * distillation loss`.
 
     Nothing else changes, in a `Trainer` or in a loop: `model(**batch).loss` holds the sum. The teacher sees the same
@@ -27,8 +27,8 @@ def distill(model: nn.Module, teacher: nn.Module, weight: float = 0.5, temperatu
             first.
         teacher (`nn.Module`): The float model, or any with the same classes or vocabulary. It is frozen, and moved to
             the device of the logits.
-        weight (`float`, defaults to 0.5): Share of the distillation loss, above 0 to 1.
-        temperature (`float`, defaults to 2.0): Softens both distributions, above 0; see [`distillation_loss`].
+        weight (`float`, defaults to 0.9): Share of the distillation loss, above 0 to 1.
+        temperature (`float`, defaults to 1.0): Softens both distributions, above 0; see [`distillation_loss`].
 
     Returns:
         `RemovableHandle`: `.remove()` ends it.
@@ -81,7 +81,7 @@ def distillation_loss(
     logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = None,
-    temperature: float = 2.0,
+    temperature: float = 1.0,
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
     """`T^2 * KL(teacher || student)` of the softmax at temperature `T` (Hinton et al. 2015, arXiv 1503.02531).
@@ -90,7 +90,7 @@ def distillation_loss(
         logits (`Tensor` of shape `[..., classes]`): Of the student.
         teacher_logits (`Tensor`, same shape): Of the teacher.
         labels (`Tensor`, *optional*): Where they have the shape `[...]`, positions labelled -100 are left out.
-        temperature (`float`, defaults to 2.0): `T`, above 0.
+        temperature (`float`, defaults to 1.0): `T`, above 0.
         num_items_in_batch (`int`, *optional*): Divide the sum over positions by this, not by their number: under
             accumulation, the positions of all micro-batches.
 

@@ -135,7 +135,7 @@ def draw_last_levels(x: Tensor, keep: Tensor, signed: bool, min_bits: int) -> Te
 
 def nearest_levels(x: Tensor, alpha: Tensor, bits: int, signed: bool, offset: float = 0.0) -> Tensor:
     """Levels `n*` of `x`, as whole numbers in the arithmetic dtype."""
-    return _position(x, alpha).sub_(offset).round_().clamp_(*level_bounds(bits, signed))
+    return _shift(_position(x, alpha), -offset).round_().clamp_(*level_bounds(bits, signed))
 
 
 def slope(v: Tensor, noise: Tensor, bits: int, signed: bool) -> Tensor:
@@ -157,8 +157,8 @@ class _Grid(torch.autograd.Function):
             return quantized
         lo, hi, coarser, offset = _own_grid(bits, signed, last_levels, alpha.dtype, centered)
         own_alpha = alpha * coarser
-        levels = _position(x, own_alpha).sub_(offset).round_().clamp_(lo, hi)
-        return levels.add_(offset).mul_(own_alpha).to(x.dtype)
+        levels = _shift(_position(x, own_alpha), -offset).round_().clamp_(lo, hi)
+        return _shift(levels, offset).mul_(own_alpha).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
@@ -173,20 +173,27 @@ class _Grid(torch.autograd.Function):
             if both is not None:
                 return both[0], both[1].mul_(ctx.alpha_gradient_scale), None, grad_keep, None, None, None, None, None
         lo, hi, coarser, offset = _own_grid(bits, signed, last_levels, alpha.dtype, centered)
-        v = _position(x, alpha * coarser).sub_(offset).clamp_(lo - _BEYOND, hi + _BEYOND)
+        v = _shift(_position(x, alpha * coarser), -offset).clamp_(lo - _BEYOND, hi + _BEYOND)
         g = grad_output.to(v.dtype)
         nearest = v.round()
         if ctx.needs_input_grad[2]:
             moment = _moment(v, nearest, noise, lo, hi)
-            grad_noise = (moment.mul_(g).mul_(alpha).mul_(coarser).sum() / -noise).sum_to_size(noise.shape)
+            grad_noise = (moment.mul_(g).mul_(alpha * coarser).sum() / -noise).sum_to_size(noise.shape)
         density = _slope(v, nearest, noise, lo, hi)
         if ctx.needs_input_grad[1]:
-            level_gradient = nearest.clamp_(lo, hi).add_(offset).addcmul_(v.add_(offset), density, value=-1)
-            level_gradient = level_gradient.mul_(g).mul_(coarser)
+            levels = _shift(nearest.clamp_(lo, hi), offset)
+            level_gradient = levels.addcmul_(_shift(v, offset), density, value=-1).mul_(g)
+            if last_levels is not None:
+                level_gradient.mul_(coarser)
             grad_alpha = level_gradient.sum_to_size(alpha.shape).mul_(ctx.alpha_gradient_scale)
         if ctx.needs_input_grad[0]:
             grad_x = density.mul_(g).to(x.dtype)
         return grad_x, grad_alpha, grad_noise, grad_keep, None, None, None, None, None
+
+
+def _shift(v: Tensor, offset: Any) -> Tensor:
+    """Add the offset of a grid in place; grids without one cost no pass over memory."""
+    return v.add_(offset) if isinstance(offset, Tensor) or offset else v
 
 
 def _own_grid(

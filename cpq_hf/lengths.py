@@ -40,7 +40,7 @@ class LengthLearner:
     Args:
         items (`Sequence[Quantizer]`): All quantizers that the mean counts, of fixed width too; at least one learns.
         costs (`Sequence[float]`): `N_l` of each.
-        ties (`Sequence[int]`): Quantizers with the same number get the same width.
+        ties (`Sequence[int]`): Quantizers with the same number, and the same range of widths, get the same width.
         target (`float`, *optional*): Mean width to end at or under; None leaves the widths to the loss.
         steps (`int`): Optimizer steps until the decision.
     """
@@ -49,13 +49,12 @@ class LengthLearner:
         self, items: Sequence[Quantizer], costs: Sequence[float], ties: Sequence[int], target: float | None, steps: int
     ) -> None:
         self.items, self.target, self.steps = list(items), target, steps
-        self.ties = list(ties)
+        self.ties = [(tie, item.min_bits, item.max_bits) for tie, item in zip(ties, self.items, strict=True)]
         self.learned = [index for index, item in enumerate(self.items) if item.bit_logits is not None]
-        logits = [self._logits(row) for row in range(len(self.learned))]
+        logits = self._logits()
         device = logits[0].device
         self._valid = torch.zeros(len(logits), max(item.numel() for item in logits), device=device)
-        for row, item in enumerate(logits):
-            self._valid[row, : item.numel()] = 1
+        torch._foreach_add_(self._rows_of(self._valid), 1.0)
         self.set_costs(costs)
         numbers = {tie: number for number, tie in enumerate(dict.fromkeys(self.ties[i] for i in self.learned))}
         self._tie = torch.tensor([numbers[self.ties[index]] for index in self.learned], device=device)
@@ -86,11 +85,9 @@ class LengthLearner:
         if not self.active:
             self.clear_gradients()
             return
-        logits, valid = self._stacked([self._logits(row).data for row in range(len(self.learned))]), self._valid
-        gradients = [self._logits(row).grad for row in range(len(self.learned))]
-        gradient = self._stacked(
-            [torch.zeros_like(self._logits(row)) if g is None else g for row, g in enumerate(gradients)]
-        )
+        parameters, valid = self._logits(), self._valid
+        logits = self._stacked([parameter.data for parameter in parameters])
+        gradient = self._stacked([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
         if grad_scale is not None:
             gradient = gradient / grad_scale
         probability = logits.sigmoid()
@@ -114,21 +111,20 @@ class LengthLearner:
         self.count.add_(finite)
         moved = logits - TRAVEL / self.steps * self._adam(tied, finite)
         moved = torch.where(finite, moved.clamp(-LIMIT, LIMIT), logits)
-        for row in range(len(self.learned)):
-            target = self._logits(row)
-            target.data.copy_(moved[row, : target.numel()])
+        torch._foreach_copy_([parameter.data for parameter in parameters], self._rows_of(moved))
         self.clear_gradients()
 
     def clear_gradients(self) -> None:
-        for row in range(len(self.learned)):
-            self._logits(row).grad = None
+        """Leave nothing for an optimizer to do, decay included."""
+        for parameter in self._logits():
+            parameter.grad = None
 
     def decide(self) -> None:
         """Fix every width, the mean at or under the target."""
         if not self.active:
             return
         keep = [self.items[index].keep_probabilities().tolist() for index in self.learned]
-        groups: dict[int, list[int]] = {}
+        groups: dict[tuple[int, int, int], list[int]] = {}
         for row, index in enumerate(self.learned):
             groups.setdefault(self.ties[index], []).append(row)
         representatives = [rows[0] for rows in groups.values()]
@@ -176,15 +172,18 @@ class LengthLearner:
                 "model and config"
             ) from error
 
-    def _logits(self, row: int) -> nn.Parameter:
-        logits = self.items[self.learned[row]].bit_logits
-        assert logits is not None
-        return logits
+    def _logits(self) -> list[nn.Parameter]:
+        found = [self.items[index].bit_logits for index in self.learned]
+        return [logits for logits in found if logits is not None]
+
+    def _rows_of(self, matrix: Tensor) -> list[Tensor]:
+        """Views of the rows of a matrix, each as long as the logits that it stands for."""
+        return [row[: logits.numel()] for row, logits in zip(matrix.unbind(), self._logits(), strict=True)]
 
     def _stacked(self, rows: list[Tensor]) -> Tensor:
+        """One row each, filled up with zeros."""
         out = torch.zeros_like(self._valid)
-        for row, values in enumerate(rows):
-            out[row, : values.numel()] = values
+        torch._foreach_copy_(self._rows_of(out), rows)
         return out
 
     def _fixed_mean(self) -> float:

@@ -57,7 +57,6 @@ class Quantizer(nn.Module):
         self.log_alpha = nn.Parameter(torch.zeros(scale_shape, dtype=torch.float32, device=device))
         for name in ("noise", "drop_rate"):
             self.register_buffer(name, torch.zeros(1, dtype=torch.float32, device=device), persistent=False)
-        self.max_bits = spec.bits
         self.min_bits = min(min_bits if spec.min_bits is None else spec.min_bits, spec.bits)
         self.dropping = False
         logits = None
@@ -73,6 +72,11 @@ class Quantizer(nn.Module):
             buffer.zero_()
         self.noise.fill_(noise)
         self._decided = None
+
+    @property
+    def max_bits(self) -> int:
+        """Bits of the finest grid, to which `log_alpha` belongs."""
+        return self.spec.bits
 
     def alpha(self) -> Tensor:
         """Step size of the grid of `bits`, shape of `log_alpha`, without gradient."""

@@ -17,16 +17,16 @@ from cpq_hf import CPQCallback, CPQConfig, CPQError, distill, distillation_loss,
 def test_the_term_is_the_divergence_of_softened_distributions():
     student, teacher = torch.randn(3, 5, 7), torch.randn(3, 5, 7)
     want = 4 * F.kl_div((student / 2).log_softmax(-1), (teacher / 2).softmax(-1), reduction="none").sum(-1)
-    assert torch.allclose(distillation_loss(student, teacher), want.mean(), rtol=1e-5)
+    assert torch.allclose(distillation_loss(student, teacher, temperature=2.0), want.mean(), rtol=1e-5)
     labels = torch.randint(7, (3, 5))
     labels[0, 2:] = labels[2, 0] = -100
     counted = want[labels != -100]
-    assert torch.allclose(distillation_loss(student, teacher, labels), counted.mean(), rtol=1e-5)
-    by_items = distillation_loss(student, teacher, labels, num_items_in_batch=40)
+    assert torch.allclose(distillation_loss(student, teacher, labels, 2.0), counted.mean(), rtol=1e-5)
+    by_items = distillation_loss(student, teacher, labels, 2.0, num_items_in_batch=40)
     assert torch.allclose(by_items, counted.sum() / 40, rtol=1e-5)
     assert distillation_loss(student, student).abs() < 1e-6
     assert torch.allclose(
-        distillation_loss(student[:, 0], teacher[:, 0], torch.zeros(3)), want[:, 0].mean(), rtol=1e-5
+        distillation_loss(student[:, 0], teacher[:, 0], torch.zeros(3), 2.0), want[:, 0].mean(), rtol=1e-5
     )
 
 

@@ -152,8 +152,10 @@ def test_one_gradient_a_step_whatever_the_trainer_does(fields, tmp_path):
     callback = CPQCallback()
     spy = SpyCallback(callback)
     batches = 18
-    steps = 2 * math.ceil(batches / fields.get("gradient_accumulation_steps", 1))
-    args = arguments(tmp_path, max_steps=-1, num_train_epochs=2, **fields)
+    epoch = math.ceil(batches / fields.get("gradient_accumulation_steps", 1))
+    assert learning_steps(5 * epoch) > epoch  # so that lengths still learn in the last window of an epoch
+    steps = 5 * epoch
+    args = arguments(tmp_path, max_steps=-1, num_train_epochs=5, **fields)
     Trainer(model, args, train_dataset=data(4 * batches), callbacks=[spy, callback]).train()
     assert spy.steps == learning_steps(steps) - 1  # the last of them ends with the decision
     assert spy.spy.seen
@@ -193,9 +195,13 @@ def test_a_step_with_an_overflow_moves_no_length():
 def test_optimizers_leave_lengths_alone():
     """Neither their rate nor weight decay reaches the logits, before the decision and after it."""
     runs = []
-    for optimizer_class, decay in ((torch.optim.SGD, 0.0), (torch.optim.AdamW, 9.0)):
+    for optimizer_class, rate, decay in ((torch.optim.SGD, 0.0, 0.0), (torch.optim.AdamW, 0.1, 5.0)):
         model = prepare_model(build("resnet"), CPQConfig(**LEARN)).train()
-        optimizer = optimizer_class(model.parameters(), lr=0.0, weight_decay=decay)
+        logits = {id(item.bit_logits) for item in learned(model).values()}
+        others = [parameter for parameter in model.parameters() if id(parameter) not in logits]
+        own = [parameter for parameter in model.parameters() if id(parameter) in logits]
+        groups = [{"params": others, "lr": 0.0}, {"params": own, "lr": rate, "weight_decay": decay}]
+        optimizer = optimizer_class(groups, lr=0.0)
         CPQController(model, optimizer, 10)
         torch.manual_seed(0)
         for _ in range(8):
@@ -221,10 +227,10 @@ def toy(**fields):
     return prepare_model(model, CPQConfig(modules_to_not_convert=[], **(LEARN | fields)))
 
 
-def fit(model, steps, total=None, seed=0, controller_state=None, optimizer_class=torch.optim.AdamW):
-    optimizer = optimizer_class(model.parameters(), lr=1e-3)
+def fit(model, steps, total=None):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     controller = CPQController(model, optimizer, total or steps)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     teacher, model = torch.randn(16, 4), model.train()
     for _ in range(steps):
         x = torch.randn(32, 16)
@@ -282,6 +288,23 @@ def test_tied_layers_get_one_width():
         attention = f"model.layers.{number}.self_attn."
         assert len({bits[f"{attention}{part}_proj"] for part in "qkv"}) == 1
         assert bits[f"model.layers.{number}.mlp.gate_proj"] == bits[f"model.layers.{number}.mlp.up_proj"]
+
+
+def test_layers_with_another_range_are_not_tied():
+    """Value projections that may have 3 bits at most keep to that, whatever width query and key agree on."""
+    config = CPQConfig(**LEARN, tie_bits=True, overrides={"v_proj": {"weight_bits": 3}})
+    model = prepare_model(build("llama"), config).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    controller = CPQController(model, optimizer, 4)
+    with torch.no_grad():
+        for name, item in learned(model).items():
+            item.bit_logits.fill_(5.0 if "q_proj" in name or "k_proj" in name else -5.0)
+    controller.finish()
+    for name, layer in summarize(model).to_dict()["layers"].items():
+        if name.endswith(("q_proj", "k_proj")):
+            assert layer["bits"] == 5
+        elif name.endswith("v_proj"):
+            assert layer["bits"] <= 3
 
 
 def test_activations_learn_lengths_signed_and_unsigned():

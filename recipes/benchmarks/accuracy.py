@@ -8,6 +8,9 @@ Every run is a line in `--results`, found again by its settings, so a second cal
 task and method the learning rate is the one of `RATES` with the best validation metric over the first two seeds at the
 narrowest width; test metrics are reported. Methods start from the same weights, see the same batches in the same order
 and take the same number of steps. The other packages come with `pip install .[peers]`.
+
+Settings say nothing of the code: after a change to tasks.py or to what CPQ does, start with empty `--results` and
+`--float-models`.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ class Variant:
     lengths_of: str = ""  # fixes the lengths that this row has learned, from the start
 
 
-PLAIN = {"centered": False, "dropbits": 0.0}
+PLAIN = {"centered": False}
 TAUGHT = {"distill": 0.9}
 VARIANTS = {
     "rtn": Variant("rtn"),

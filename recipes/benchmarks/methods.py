@@ -25,10 +25,7 @@ Positions = list[tuple[Tensor, int]]  # weights in steps of their grid, and the 
 
 def prepare_cpq(model: nn.Module, bits: tuple[int, int], batch: dict[str, Tensor], **fields: Any) -> nn.Module:
     config = cpq_hf.CPQConfig(
-        **(
-            {"weight_bits": bits[0], "activation_bits": bits[1], "modules_to_not_convert": [], "dropbits": 0.0}
-            | fields
-        )
+        **({"weight_bits": bits[0], "activation_bits": bits[1], "modules_to_not_convert": []} | fields)
     )
     cpq_hf.prepare_model(model, config)
     return cpq_hf.calibrate_model(model, [batch])

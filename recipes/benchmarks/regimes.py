@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from accuracy import Results, Settings, settings_of
+from report import spread
 from tasks import TASKS
 
 ESTIMATORS = {"lsq": "LSQ", "cpq-ste": "straight-through", "cpq-plain": "CPQ's estimator"}
@@ -48,8 +49,7 @@ def main() -> None:
             found = [results.get(settings(name, optimizer, lr, seed, results)) for seed in range(args.seeds)]
             tests = [run["test"] for run in found if run]
             distances = [run["cluster_distance"] for run in found if run]
-            spread = f" ± {stdev(tests):.2f}" if len(tests) > 1 else ""
-            cell.append(f"{mean(tests):.2f}{spread} | {mean(distances):.3f}" if tests else "- | -")
+            cell.append(f"{spread(tests)} | {mean(distances):.3f}" if tests else "- | -")
         print(f"| {optimizer} | {lr:g} | " + " | ".join(cell) + " |")
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from . import lengths, schedule
 from .errors import CPQError
 from .lengths import LengthLearner
+from .nn import TrainingLayer
 from .quantizer import ActivationQuantizer, WeightQuantizer
 from .surgery import plan_of, quantizers, training_layers
 
@@ -177,11 +178,15 @@ class CPQController:
     def _make_learners(self) -> dict[str, LengthLearner]:
         layers, plan = self._layers, self.plan
         tied = lengths.ties(list(layers)) if plan.tie_bits else list(range(len(layers)))
-        weights = [layer.weight_quantizer for layer in layers.values()]
+        held = [
+            (layer.weight_quantizer, tie) for layer, tie in zip(layers.values(), tied, strict=True) if _holds(layer)
+        ]
+        weights = [item for item, _ in held]
         learners = {}
         if any(item.bit_logits is not None for item in weights):
             sizes = [item.spec.numel for item in weights]
-            learners["weight"] = LengthLearner(weights, sizes, tied, plan.target_bits, self.learning_steps)
+            groups = [tie for _, tie in held]
+            learners["weight"] = LengthLearner(weights, sizes, groups, plan.target_bits, self.learning_steps)
         inputs = [
             (layer.input_quantizer, tie)
             for layer, tie in zip(layers.values(), tied, strict=True)
@@ -203,12 +208,13 @@ class CPQController:
             return
         for index, layer in enumerate(self._layers.values()):
 
-            def note(layer: Any, inputs: tuple[Any, ...], output: Tensor, index: int = index) -> None:
-                if layer.training and inputs[0].is_floating_point():  # looking up a row multiplies nothing
-                    self._counts[0, index] += output.numel() / layer.weight_quantizer.spec.rows
-                    self._counts[1, index] += inputs[0].numel()
+            def note(
+                module: Any, inputs: tuple[Any, ...], output: Any, layer: Any = layer, index: int = index
+            ) -> None:
+                if module.training:
+                    self._counts[:, index] += torch.tensor(layer.count_uses(inputs, output), dtype=torch.float64)
 
-            self._measuring.append(layer.register_forward_hook(note))
+            self._measuring.append(layer.owner.register_forward_hook(note))
 
     def _take_costs(self) -> None:
         if not self._measuring:
@@ -221,12 +227,11 @@ class CPQController:
             counts = torch.stack(everyone).mean(0)
         layers = list(self._layers.values())
         if self.plan.budget == "macs" and "weight" in self._learners:
-            self._learners["weight"].set_costs(
-                [
-                    layer.weight_quantizer.spec.numel * float(used)
-                    for layer, used in zip(layers, counts[0], strict=True)
-                ]
-            )
+            products: dict[Any, float] = {}  # layers that share a weight share its quantizer, so their products add up
+            for layer, used in zip(layers, counts[0].tolist(), strict=True):
+                item = layer.weight_quantizer
+                products[item] = products.get(item, 0.0) + item.spec.numel * used
+            self._learners["weight"].set_costs([products[layer.weight_quantizer] for layer in layers if _holds(layer)])
         if "activation" in self._learners:
             sizes = [float(s) for layer, s in zip(layers, counts[1], strict=True) if layer.input_quantizer is not None]
             self._learners["activation"].set_costs(sizes)
@@ -235,3 +240,8 @@ class CPQController:
         for handle in self._measuring:
             handle.remove()
         self._measuring.clear()
+
+
+def _holds(layer: TrainingLayer) -> bool:
+    """Whether a layer holds its weight; one that is tied to another's does not."""
+    return layer.tied_to is None

@@ -98,7 +98,9 @@ class QuantizationPlan:
             highest = max([most, *(changes.get(largest) or 0 for changes in self.overrides.values())])
             _check_number(target, wanted, self.min_bits, highest, f" (`min_bits` to the largest `{largest}`)")
 
-    def layer_spec(self, name: str, shape: tuple[int, ...], transposed: bool, has_float_input: bool) -> LayerSpec:
+    def layer_spec(
+        self, name: str, shape: tuple[int, ...], transposed: bool, has_float_input: bool, stacked: bool = False
+    ) -> LayerSpec:
         """How the module `name` with a weight of this shape is quantized; later overrides win."""
         settings = {key: getattr(self, key) for key in OVERRIDABLE}
         for pattern, changes in self.overrides.items():
@@ -114,6 +116,7 @@ class QuantizationPlan:
             transposed=transposed,
             min_bits=self.min_bits if learned else None,
             centered=self.centered,
+            stacked=stacked,
         )
         bits = settings["activation_bits"] if has_float_input else None
         if bits is None:

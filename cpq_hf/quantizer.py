@@ -343,14 +343,18 @@ def gradient_scale(elements: float, bits: int, signed: bool) -> float:
 
 def to_grouped(weight: Tensor, spec: WeightSpec) -> Tensor:
     """Weight -> view `[rows, groups, columns/groups]`."""
-    matrix = weight.t() if spec.transposed else weight.flatten(1)
+    rows_first = weight.transpose(-2, -1) if spec.transposed else weight
+    matrix = rows_first.flatten(0, 1) if spec.stacked else rows_first.flatten(1)
     return matrix.unflatten(1, (spec.groups, -1))
 
 
 def from_grouped(grouped: Tensor, spec: WeightSpec) -> Tensor:
     """Inverse of [`to_grouped`], contiguous."""
     matrix = grouped.flatten(1)
-    return matrix.t().contiguous() if spec.transposed else matrix.view(spec.shape)
+    if not spec.transposed:
+        return matrix.view(spec.shape)
+    stacked = matrix.view(*spec.shape[:-2], spec.shape[-1], spec.shape[-2])
+    return stacked.transpose(-2, -1).contiguous()
 
 
 def _bits_text(quantizer: Quantizer) -> str:

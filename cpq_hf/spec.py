@@ -1,6 +1,7 @@
 """Describe how one tensor is quantized: frozen, self-validating, free of tensors.
 
-A weight of any layer type is seen as a matrix `[rows, columns]`, `rows` being output channels. Each row is cut into
+A weight of any layer type is seen as a matrix `[rows, columns]`, `rows` being output channels (of all experts, where
+the weights of fused experts are stacked in three dimensions). Each row is cut into
 `groups` of equal length that share one step size `alpha`:
 
 | granularity | groups a row | shape of alpha       |
@@ -61,6 +62,7 @@ class WeightSpec:
         granularity (`str`): What shares a step size: `"tensor"`, `"channel"` (a row) or `"group"` (part of a row).
         group_size (`int`, *optional*): Columns per group; only with `granularity="group"`.
         transposed (`bool`): The weight is stored `[in, out]`, as transformers' `Conv1D` does.
+        stacked (`bool`): Matrices of fused experts, `[experts, out, in]` (or `[experts, in, out]`).
         min_bits (`int`, *optional*): Set while the bit-width is learned, between `min_bits` and `bits`.
         centered (`bool`): At 2 bits, put the levels at -1.5, -0.5, 0.5 and 1.5 steps instead of -2, -1, 0 and 1.
 
@@ -75,6 +77,7 @@ class WeightSpec:
     transposed: bool = False
     min_bits: int | None = None
     centered: bool = False
+    stacked: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
@@ -97,11 +100,13 @@ class WeightSpec:
 
     @property
     def rows(self) -> int:
+        if self.stacked:
+            return self.shape[0] * self.shape[2 if self.transposed else 1]
         return self.shape[1] if self.transposed else self.shape[0]
 
     @property
     def columns(self) -> int:
-        return self.shape[0] if self.transposed else math.prod(self.shape[1:])
+        return self.numel // max(1, self.rows)
 
     @property
     def groups(self) -> int:
@@ -157,21 +162,24 @@ class ActivationSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """How one layer is quantized: its weight and, where asked for, its input."""
+    """How one layer is quantized: its weight and, where asked for, its input. `tied_to` names the layer whose weight
+    it shares, quantizer and all."""
 
     weight: WeightSpec
     activation: ActivationSpec | None = None
+    tied_to: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"weight": self.weight.to_dict(), "activation": self.activation and self.activation.to_dict()}
+        values = {"weight": self.weight.to_dict(), "activation": self.activation and self.activation.to_dict()}
+        return values if self.tied_to is None else values | {"tied_to": self.tied_to}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LayerSpec:
         """Read what `to_dict` wrote; anything else is a `CPQError`."""
         try:
-            activation = data["activation"]
+            activation, tied_to = data["activation"], data.get("tied_to")
             weight = WeightSpec(**data["weight"])
-            return cls(weight, None if activation is None else ActivationSpec(**activation))
+            return cls(weight, None if activation is None else ActivationSpec(**activation), tied_to)
         except (KeyError, TypeError, AttributeError) as error:
             raise CPQError(f"not a description of a quantized layer: {data!r}") from error
 
@@ -185,4 +193,5 @@ def check_granularity(value: object, field: str = "granularity") -> None:
 def _as_dict(spec: WeightSpec | ActivationSpec) -> dict[str, Any]:
     """As `asdict`, without the fields of special cases where they do not apply."""
     values = asdict(spec)
-    return {name: value for name, value in values.items() if name not in ("min_bits", "centered") or value}
+    special = ("min_bits", "centered", "stacked")
+    return {name: value for name, value in values.items() if name not in special or value}

@@ -15,12 +15,22 @@ from .kernels import cpu
 from .nn import TrainingLayer
 from .packing import words_per_row
 from .spec import MAX_BITS, LayerSpec
-from .surgery import layer_kind, packed_layers, quantizer_parameter_names, training_layers
+from .surgery import (
+    layer_kind,
+    packed_layers,
+    quantized_parameter_names,
+    quantizer_parameter_names,
+    quantizers,
+    training_layers,
+)
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized layer. `cluster_distance` is None once packed (and would be 0)."""
+    """One quantized layer. `cluster_distance` is None once packed (and would be 0).
+
+    A layer whose weight is tied to another's counts nothing of it.
+    """
 
     name: str
     kind: str
@@ -28,8 +38,15 @@ class LayerReport:
     cluster_distance: float | None
 
     @property
+    def numel(self) -> int:
+        """Weights that this layer holds."""
+        return 0 if self.spec.tied_to else self.spec.weight.numel
+
+    @property
     def packed_bytes(self) -> int:
         """Bytes of words and scales."""
+        if self.spec.tied_to:
+            return 0
         weight = self.spec.weight
         scales = torch.Size(weight.scale_shape).numel()
         return 4 * (weight.rows * words_per_row(weight.columns, weight.bits) + scales)
@@ -44,6 +61,7 @@ class LayerReport:
             "group_size": weight.group_size,
             "shape": list(weight.shape),
             "cluster_distance": self.cluster_distance,
+            "tied_to": self.spec.tied_to,
         }
 
 
@@ -57,7 +75,7 @@ class Summary:
 
     @property
     def quantized_elements(self) -> int:
-        return sum(layer.spec.weight.numel for layer in self.layers)
+        return sum(layer.numel for layer in self.layers)
 
     @property
     def all_elements(self) -> int:
@@ -66,7 +84,7 @@ class Summary:
     @property
     def mean_bits(self) -> float:
         """Mean bit-width of the quantized weights."""
-        bits = sum(layer.spec.weight.numel * layer.spec.weight.bits for layer in self.layers)
+        bits = sum(layer.numel * layer.spec.weight.bits for layer in self.layers)
         return bits / max(1, self.quantized_elements)
 
     @property
@@ -78,7 +96,7 @@ class Summary:
     @property
     def cluster_distance(self) -> float | None:
         """Mean over all quantized weights of the distance to the grid, in steps; None once packed."""
-        pairs = [(layer.cluster_distance, layer.spec.weight.numel) for layer in self.layers]
+        pairs = [(layer.cluster_distance, layer.numel) for layer in self.layers]
         if not pairs or any(distance is None for distance, _ in pairs):
             return None
         return sum((distance or 0.0) * count for distance, count in pairs) / self.quantized_elements
@@ -122,7 +140,7 @@ class Summary:
                     str(cells["bits"]),
                     str(cells["activation_bits"] or "-"),
                     cells["granularity"] + group,
-                    "x".join(map(str, cells["shape"])),
+                    f"= {cells['tied_to']}" if cells["tied_to"] else "x".join(map(str, cells["shape"])),
                     "-" if distance is None else f"{distance:.3f}",
                 )
             )
@@ -193,18 +211,19 @@ def summarize(model: nn.Module) -> Summary:
     reports = tuple(
         LayerReport(name, layer_kind(layer), layer.layer_spec(), _distance(layer)) for name, layer in quantized.items()
     )
-    ours = quantizer_parameter_names(model) | {f"{name}.weight" for name in trained}
+    ours = quantizer_parameter_names(model) | quantized_parameter_names(model)
     parameters = {
         name: (parameter.numel(), parameter.element_size())
         for name, parameter in model.named_parameters()
         if name not in ours
     }
+    of_quantizers = {name for name, _ in quantizers(model)}
     floats = {
         name: type(module).__name__
         for name, module in model.named_modules()
         if name not in quantized
-        and any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False))
-        and not name.endswith(("weight_quantizer", "input_quantizer"))
+        and name not in of_quantizers
+        and any(p.dim() >= 2 and f"{name}.{key}" not in ours for key, p in module.named_parameters(recurse=False))
     }
     return Summary(reports, parameters, floats)
 

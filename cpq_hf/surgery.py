@@ -1,4 +1,4 @@
-"""Change models: select layers, prepare them for training, calibrate, pack. The only file that walks a model."""
+"""Change models: prepare them for training, calibrate, pack. Only this file and selection.py walk a model."""
 
 from __future__ import annotations
 
@@ -10,26 +10,37 @@ from torch import Tensor, nn
 
 from .errors import CPQError
 from .nn import (
-    BY_PACKED,
-    BY_TRAINING,
+    KINDS,
     LAYERS,
+    SUFFIX,
+    ExpertWeight,
+    PackedExpertWeight,
     PackedLayer,
     TrainingLayer,
-    pack_layer,
+    empty_tensors,
     to_float,
+    to_float_experts,
     to_packed,
+    to_packed_experts,
     to_training,
+    to_training_experts,
+    trained_tensors,
 )
-from .plan import QuantizationPlan, check_patterns, matches
+from .plan import QuantizationPlan
 from .quantizer import ActivationQuantizer, Quantizer
+from .selection import Candidate, candidates, select
 from .spec import LayerSpec
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def training_layers(model: nn.Module) -> Iterator[tuple[str, TrainingLayer]]:
-    """`(name, layer)` of every layer that trains on a grid."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, TrainingLayer))
+    """`(name, layer)` of every layer that trains on a grid; a stacked weight of experts has the weight's name."""
+    return (
+        (name.removesuffix(SUFFIX) if isinstance(module, ExpertWeight) else name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, TrainingLayer)
+    )
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
@@ -45,6 +56,11 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
 def quantizer_parameter_names(model: nn.Module) -> set[str]:
     """Names of all parameters that belong to quantizers."""
     return {f"{name}.{key}" for name, module in quantizers(model) for key, _ in module.named_parameters(recurse=False)}
+
+
+def quantized_parameter_names(model: nn.Module) -> set[str]:
+    """Names of all float parameters that layers which train put on a grid."""
+    return {name if isinstance(layer, ExpertWeight) else f"{name}.weight" for name, layer in training_layers(model)}
 
 
 def plan_of(model: nn.Module) -> QuantizationPlan:
@@ -67,121 +83,14 @@ def _prepared_module(model: nn.Module) -> Any:
     )
 
 
-# --- select ----------------------------------------------------------------------------------------------------------
-
-
-def select(model: nn.Module, plan: QuantizationPlan) -> dict[str, LayerSpec]:
-    """Decide what is quantized and how.
-
-    Args:
-        model (`nn.Module`): A float model; its weights may be on the meta device.
-        plan (`QuantizationPlan`): The settings.
-
-    Returns:
-        `dict[str, LayerSpec]`: Dotted module name -> specification.
-
-    Raises:
-        CPQError: On a plan that breaks a rule, a pattern that matches nothing, a layer that cannot be quantized as
-            asked, a model that is already prepared or packed, or nothing to quantize.
-    """
-    plan.check()
-    _check_is_float(model)
-    candidates = {name: module for name, module in model.named_modules() if type(module) in LAYERS and name}
-    known = list(candidates)
-    check_patterns("overrides", plan.overrides, known)
-    check_patterns("modules_to_not_convert", plan.modules_to_not_convert or [], known)
-    tied = _tied_modules(model)
-    heads = _output_heads(model)
-
-    selected = {}
-    for name, module in candidates.items():
-        kind = LAYERS[type(module)]
-        named = plan.overridden(name)
-        if plan.modules_to_not_convert is None:
-            skipped = not named and (name in heads or name in tied)
-        else:
-            skipped = any(matches(pattern, name) for pattern in plan.modules_to_not_convert)
-            if skipped and named:
-                raise CPQError(
-                    f"`{name}` is named by `overrides` and by `modules_to_not_convert`; drop one of the two"
-                )
-        if skipped or not (kind.has_float_input or plan.quantize_embeddings or named):
-            continue
-        if name in tied:
-            raise CPQError(
-                f"the weight of `{name}` is tied to another module; a tied weight stays in floating point. Leave "
-                "`modules_to_not_convert=None`, or name it there"
-            )
-        if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
-            raise CPQError(f"`{name}` has `max_norm` or `sparse` set, which cannot be quantized; leave it out")
-        if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
-            raise CPQError(
-                f"the `forward` of `{name}` was replaced on the instance, so it cannot be quantized; leave it out"
-            )
-        try:
-            selected[name] = plan.layer_spec(name, module.weight.shape, kind.transposed, kind.has_float_input)
-        except CPQError as error:
-            raise CPQError(f"`{name}`: {error}") from error
-    _check_target(selected, plan)
-    if not selected:
-        raise CPQError(
-            f"nothing would be quantized: of {len(known)} layers of a type that can be ("
-            f"{', '.join(kind.__name__ for kind in LAYERS)}), all are left out as output head, tied weight, embedding "
-            "or by `modules_to_not_convert`"
-        )
-    return selected
-
-
-def _check_target(selected: Mapping[str, LayerSpec], plan: QuantizationPlan) -> None:
-    """Raise if layers of fixed width alone keep the mean over weights above the target."""
-    weights = [spec.weight for spec in selected.values()]
-    least = sum(w.numel * (w.min_bits or w.bits) for w in weights) / max(1, sum(w.numel for w in weights))
-    if plan.target_bits is not None and plan.budget == "weights" and least > plan.target_bits + 1e-9:
-        raise CPQError(
-            f"`target_bits` (={plan.target_bits}) cannot be met: with every learned layer at `min_bits` (="
-            f"{plan.min_bits}) the mean is still {least:.2f}, for layers of fixed width; raise the target or let more "
-            "layers learn"
-        )
-
-
-def _check_is_float(model: nn.Module) -> None:
-    compiled = hasattr(model, "_orig_mod") or any(vars(m).get("_compiled_call_impl") for m in model.modules())
-    if compiled:
-        raise CPQError("the model is compiled already: prepare it first, then call `torch.compile`")
-    if any(True for _ in packed_layers(model)):
-        raise CPQError("the model is packed already: prepare the float model, or the checkpoint saved in training")
-    if any(True for _ in training_layers(model)):
-        raise CPQError("the model is prepared already; preparing it twice would quantize it twice")
-
-
-def _output_heads(model: nn.Module) -> set[str]:
-    """Names of the module that owns the last parameter (the output layer, by habit) and of the output embeddings."""
-    last = [name for name, _ in model.named_parameters()][-1:]
-    getter = getattr(model, "get_output_embeddings", None)
-    output_embeddings = getter() if callable(getter) else None
-    names = {name for name, module in model.named_modules() if module is output_embeddings}
-    return names | {name.rpartition(".")[0] for name in last}
-
-
-def _tied_modules(model: nn.Module) -> set[str]:
-    """Names of modules whose weight is shared, by transformers' declaration or in fact."""
-    declared = getattr(model, "all_tied_weights_keys", None) or {}
-    tied = {name for pair in declared.items() for name in pair}
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    tied.update(name for names in owners.values() if len(names) > 1 for name in names)
-    return {name.rpartition(".")[0] for name in tied}
-
-
 # --- prepare ---------------------------------------------------------------------------------------------------------
 
 
 def prepare(model: nn.Module, plan: QuantizationPlan) -> dict[str, LayerSpec]:
     """Make a float model with real weights train on the grid, in place. Nothing is changed if it raises."""
-    selected = select(model, plan)
+    selected, found = select(model, plan), candidates(model)
     for name in selected:
-        check_finite(name, model.get_parameter(f"{name}.weight"))
+        check_finite(name, found[name].weight)
     convert_to_training(model, selected, plan)
     initialize(model)
     return selected
@@ -189,9 +98,14 @@ def prepare(model: nn.Module, plan: QuantizationPlan) -> dict[str, LayerSpec]:
 
 def convert_to_training(model: Any, layers: Mapping[str, LayerSpec], plan: QuantizationPlan) -> None:
     """Swap the classes of the named float layers. Step sizes are then to be loaded, or set by [`initialize`]."""
-    for name, spec in layers.items():
-        layer = _float_layer(model, name, spec)
-        to_training(layer, LAYERS[type(layer)].training, spec, plan.min_bits, name)
+    found = _fitting_candidates(model, layers)
+    for name, spec in _holders_first(layers):
+        module, kind, attribute = found[name].module, found[name].kind, found[name].attribute
+        if kind.training is ExpertWeight:
+            to_training_experts(module, attribute, spec, plan.min_bits, name)
+        else:
+            holder = None if spec.tied_to is None else found[spec.tied_to].module
+            to_training(module, kind.training, spec, plan.min_bits, name, holder)
     model.cpq_plan = plan
     reset_schedule(model, plan)
 
@@ -199,9 +113,10 @@ def convert_to_training(model: Any, layers: Mapping[str, LayerSpec], plan: Quant
 def initialize(model: nn.Module) -> None:
     """Fit the step sizes of all weights by least squared error; those of activations wait for data."""
     for name, layer in training_layers(model):
-        check_finite(name, layer.weight)
-        layer.weight_quantizer.start_learning()
-        layer.weight_quantizer.initialize(layer.weight)
+        if layer.tied_to is None:
+            check_finite(name, layer.weight)
+            layer.weight_quantizer.start_learning()
+            layer.weight_quantizer.initialize(layer.weight)
         if layer.input_quantizer is not None:
             layer.input_quantizer.start_learning()
             layer.input_quantizer.reset()
@@ -221,18 +136,29 @@ def check_finite(name: str, weight: Tensor) -> None:
         raise CPQError(f"the weight of `{name}` holds NaN or infinite values; it cannot be quantized")
 
 
-def _float_layer(model: nn.Module, name: str, spec: LayerSpec) -> Any:
-    try:
-        layer: Any = model.get_submodule(name)
-    except AttributeError as error:
-        raise CPQError(f"the table of quantized layers names `{name}`, which the model does not have") from error
-    kind = LAYERS.get(type(layer))
-    if kind is None or tuple(layer.weight.shape) != spec.weight.shape or kind.transposed != spec.weight.transposed:
-        raise CPQError(
-            f"`{name}` is a {type(layer).__name__} with a weight of shape {list(getattr(layer.weight, 'shape', []))}, "
-            f"which does not fit its entry in the table of quantized layers: {spec.weight}"
-        )
-    return layer
+def _fitting_candidates(model: nn.Module, layers: Mapping[str, LayerSpec]) -> dict[str, Candidate]:
+    """The float layers that a table names; `CPQError` if one is not there or does not fit its entry."""
+    found = candidates(model)
+    for name, spec in layers.items():
+        layer = found.get(name)
+        if layer is None:
+            raise CPQError(
+                f"the table of quantized layers names `{name}`, which is no layer of the model that could be"
+            )
+        if tuple(layer.weight.shape) != spec.weight.shape or layer.transposed != spec.weight.transposed:
+            raise CPQError(
+                f"`{name}` is a {type(layer.module).__name__} with a weight of shape {list(layer.weight.shape)}, "
+                f"which does not fit its entry in the table of quantized layers: {spec.weight}"
+            )
+        if spec.tied_to is not None and (spec.tied_to not in layers or layers[spec.tied_to].tied_to is not None):
+            raise CPQError(
+                f"the table of quantized layers ties `{name}` to `{spec.tied_to}`, which holds no quantized weight"
+            )
+    return found
+
+
+def _holders_first(layers: Mapping[str, LayerSpec]) -> list[tuple[str, LayerSpec]]:
+    return sorted(layers.items(), key=lambda item: item[1].tied_to is not None)
 
 
 # --- calibrate -------------------------------------------------------------------------------------------------------
@@ -312,8 +238,14 @@ def pack(model: nn.Module) -> dict[str, LayerSpec]:
         if layer.input_quantizer is not None:
             check_finite(f"{name}.input_quantizer", layer.input_quantizer.log_alpha)
             layer.input_quantizer.resolved_spec()
-    for layer in layers.values():
-        pack_layer(layer, BY_TRAINING[type(layer)].packed)
+    final = {name: trained_tensors(layer) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        spec, tensors = final[name]
+        if isinstance(layer, ExpertWeight):
+            to_packed_experts(layer.owner, layer.attribute, spec, tensors)
+        else:
+            holder = None if spec.tied_to is None else layers[spec.tied_to]
+            to_packed(layer, KINDS[type(layer)].packed, spec, tensors, holder)
     model.eval()
     del prepared.cpq_plan
     return {name: layer.layer_spec() for name, layer in packed_layers(model)}
@@ -321,22 +253,35 @@ def pack(model: nn.Module) -> dict[str, LayerSpec]:
 
 def convert_to_packed(model: nn.Module, layers: Mapping[str, LayerSpec]) -> None:
     """Swap the classes of the named float layers for packed ones with empty buffers, to be loaded."""
-    for name, spec in layers.items():
-        layer = _float_layer(model, name, spec)
-        to_packed(layer, LAYERS[type(layer)].packed, spec)
+    found = _fitting_candidates(model, layers)
+    for name, spec in _holders_first(layers):
+        module, kind, attribute = found[name].module, found[name].kind, found[name].attribute
+        tensors = empty_tensors(spec, found[name].weight.device)
+        if kind.packed is PackedExpertWeight:
+            to_packed_experts(module, attribute, spec, tensors)
+        else:
+            to_packed(module, kind.packed, spec, tensors, None if spec.tied_to is None else found[spec.tied_to].module)
 
 
+@torch.no_grad()
 def dequantize(model: nn.Module) -> bool:
     """Turn every quantized layer back into a float layer with its weight on the grid, in place.
 
     Returns:
         `bool`: Whether inputs of layers were quantized too, which float layers no longer do.
     """
-    layers: list[Any] = [layer for _, layer in (*training_layers(model), *packed_layers(model))]
-    lost = any(layer.layer_spec().activation is not None for layer in layers)
+    model.eval()  # the full grid, no DropBits
+    layers: dict[str, Any] = dict((*training_layers(model), *packed_layers(model)))
+    lost = any(layer.layer_spec().activation is not None for layer in layers.values())
+    ties = {name: layer.layer_spec().tied_to or name for name, layer in layers.items()}
+    weights = {name: nn.Parameter(layers[name].quantized_weight()) for name in set(ties.values())}
+    owners = {child: module for module in model.modules() for child in module._modules.values()}
     float_classes = {c: base for base, kind in LAYERS.items() for c in (kind.training, kind.packed)}
-    for layer in layers:
-        to_float(layer, float_classes[type(layer)])
+    for name, layer in layers.items():
+        if type(layer) in float_classes:
+            to_float(layer, float_classes[type(layer)], weights[ties[name]])
+        else:
+            to_float_experts(owners[layer], name.rpartition(".")[2], weights[name])
     for module in model.modules():
         vars(module).pop("cpq_plan", None)
     return lost
@@ -344,4 +289,4 @@ def dequantize(model: nn.Module) -> bool:
 
 def layer_kind(layer: nn.Module) -> str:
     """Name of a layer's row in the table of layers."""
-    return (BY_TRAINING.get(type(layer)) or BY_PACKED[type(layer)]).name
+    return KINDS[type(layer)].name

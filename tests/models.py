@@ -7,34 +7,33 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoModel,
+    AutoModelForAudioClassification,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BertConfig,
+    CLIPConfig,
     ConvNextConfig,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
+    MixtralConfig,
     MobileNetV2Config,
     PreTrainedModel,
     ResNetConfig,
+    T5Config,
     ViTConfig,
+    Wav2Vec2Config,
 )
 
 BATCH, TOKENS, SIDE, CLASSES, VOCABULARY = 4, 6, 32, 3, 40
 
 CONFIGS: dict[str, tuple[type, Callable[[], Any]]] = {
-    "bert": (
-        AutoModelForSequenceClassification,
-        lambda: BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=48,
-            max_position_embeddings=16,
-            num_labels=CLASSES,
-        ),
-    ),
+    "bert": (AutoModelForSequenceClassification, lambda: _bert()),
+    "bert-mlm": (AutoModelForMaskedLM, lambda: _bert()),
     "gpt2": (
         AutoModelForCausalLM,
         lambda: GPT2Config(
@@ -69,8 +68,111 @@ CONFIGS: dict[str, tuple[type, Callable[[], Any]]] = {
         AutoModelForImageClassification,
         lambda: ConvNextConfig(hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1], num_labels=CLASSES),
     ),
+    "mixtral": (
+        AutoModelForCausalLM,
+        lambda: MixtralConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            max_position_embeddings=16,
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
+    ),
+    "gpt-oss": (  # experts stored [experts, in, out], with biases
+        AutoModelForCausalLM,
+        lambda: GptOssConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=16,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            sliding_window=8,
+            pad_token_id=0,
+            eos_token_id=0,
+        ),
+    ),
+    "t5": (
+        AutoModelForSeq2SeqLM,
+        lambda: T5Config(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+            eos_token_id=0,
+        ),
+    ),
+    "clip": (
+        AutoModel,
+        lambda: CLIPConfig(
+            text_config={
+                "vocab_size": VOCABULARY,
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "intermediate_size": 48,
+                "max_position_embeddings": 16,
+                "projection_dim": 16,
+                "bos_token_id": 1,
+                "eos_token_id": 0,
+            },
+            vision_config={
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "intermediate_size": 48,
+                "image_size": SIDE,
+                "patch_size": 8,
+                "projection_dim": 16,
+            },
+            projection_dim=16,
+        ),
+    ),
+    "wav2vec2": (
+        AutoModelForAudioClassification,
+        lambda: Wav2Vec2Config(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=48,
+            conv_dim=(8, 8),
+            conv_stride=(5, 2),
+            conv_kernel=(10, 3),
+            num_conv_pos_embeddings=8,
+            num_conv_pos_embedding_groups=2,
+            classifier_proj_size=16,
+            num_labels=CLASSES,
+            apply_spec_augment=False,
+        ),
+    ),
 }
 NAMES = list(CONFIGS)
+
+
+def _bert() -> BertConfig:
+    return BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=16,
+        num_labels=CLASSES,
+    )
 
 
 def _llama(tie: bool) -> LlamaConfig:
@@ -100,14 +202,20 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
 
 
 def inputs(name: str, batch: int = BATCH, seed: int = 1) -> dict[str, torch.Tensor]:
-    """A batch of inputs, with labels."""
+    """A batch of inputs that gives a loss."""
     generator = torch.Generator().manual_seed(seed)
-    if CONFIGS[name][0] is AutoModelForImageClassification:
-        pixels = torch.randn(batch, 3, SIDE, SIDE, generator=generator)
-        return {"pixel_values": pixels, "labels": torch.randint(CLASSES, (batch,), generator=generator)}
+    cls = auto_class(name)
+    classes = {"labels": torch.randint(CLASSES, (batch,), generator=generator)}
+    pixels = {"pixel_values": torch.randn(batch, 3, SIDE, SIDE, generator=generator)}
+    if cls is AutoModelForImageClassification:
+        return pixels | classes
+    if cls is AutoModelForAudioClassification:
+        return {"input_values": torch.randn(batch, 400, generator=generator)} | classes
     ids = torch.randint(1, VOCABULARY, (batch, TOKENS), generator=generator)
-    if name == "bert":
-        return {"input_ids": ids, "labels": torch.randint(CLASSES, (batch,), generator=generator)}
+    if cls is AutoModelForSequenceClassification:
+        return {"input_ids": ids} | classes
+    if cls is AutoModel:
+        return {"input_ids": ids, "return_loss": True} | pixels  # type: ignore[dict-item]
     return {"input_ids": ids, "labels": ids}
 
 
@@ -115,4 +223,5 @@ def logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tens
     """Logits in evaluation mode, without gradients."""
     model.eval()
     with torch.no_grad():
-        return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        output = model(**batch)
+    return output.logits if "logits" in output else output.logits_per_image

@@ -8,6 +8,8 @@ there), and a packed one (the same with `packed`: verify the files, convert to p
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from .. import surgery
 from ..errors import CPQError
+from ..selection import candidates, select, tied_groups
 from ..spec import LayerSpec
 from .checkpoint import checksum, verify_files
 from .config import QUANT_METHOD, CPQConfig
@@ -51,7 +54,7 @@ class CPQHfQuantizer(HfQuantizer):
             self.quantization_config = config.resolved(layers, packed=True)
             return
         if config.layers is None:
-            layers = surgery.select(model, config)
+            layers = select(model, config)
             model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), _QUANTIZER_KEYS}
         else:
             layers = layers_in_model(model, config.layer_specs())
@@ -117,22 +120,34 @@ def layers_in_model(model: PreTrainedModel, layers: dict[str, LayerSpec]) -> dic
     """The table of a checkpoint under the names that `model` uses.
 
     A checkpoint of a model with a head loads into the bare base model and the other way round: then names lose or
-    gain the base model's prefix, and layers of a head that is not there are left out.
+    gain the base model's prefix, and layers of a head that is not there are left out. A head that is tied to a
+    quantized embedding is quantized with it.
     """
-    names = {name for name, _ in model.named_modules()}
+    names = set(candidates(model))
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
-    if all(name in names for name in layers):
-        return layers
-    stripped = {name.removeprefix(prefix): spec for name, spec in layers.items() if name.startswith(prefix)}
-    added = {prefix + name: spec for name, spec in layers.items()}
-    for candidate in (stripped, added):
-        if prefix and candidate and all(name in names for name in candidate):
-            return candidate
+    inside = {name: spec for name, spec in layers.items() if name.startswith(prefix)}
+    choices = [layers]
+    if prefix:
+        choices += [_renamed(inside, lambda name: name.removeprefix(prefix)), _renamed(layers, lambda n: prefix + n)]
+    for chosen in choices:
+        if chosen and all(name in names for name in chosen):
+            for holder, *others in tied_groups(model):
+                if holder in chosen:
+                    tied = replace(chosen[holder], activation=None, tied_to=holder)
+                    chosen = {name: tied for name in others if name in names} | chosen
+            return chosen
     absent = next(name for name in layers if name not in names)
     raise CPQError(
         f"config.json lists the quantized layer `{absent}`, which {type(model).__name__} does not have; load the "
         "checkpoint with the model class that saved it"
     )
+
+
+def _renamed(layers: dict[str, LayerSpec], rename: Callable[[str], str]) -> dict[str, LayerSpec]:
+    return {
+        rename(name): replace(spec, tied_to=None if spec.tied_to is None else rename(spec.tied_to))
+        for name, spec in layers.items()
+    }
 
 
 def _check_all_loaded(model: nn.Module) -> None:

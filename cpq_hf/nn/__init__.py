@@ -1,7 +1,8 @@
 """Layers, two for each float layer: one that trains and one that is packed and serves.
 
 `LAYERS` is the one table of what is covered. A layer is looked up by its exact type: a subclass may use its weight in
-its own way, so it is reported as not covered instead of being converted blindly.
+its own way, so it is reported as not covered instead of being converted blindly. Fused experts are known by their
+stacked weights instead, whatever their class: experts.py.
 """
 
 from __future__ import annotations
@@ -11,15 +12,27 @@ from typing import NamedTuple
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .experts import (
+    SUFFIX,
+    ExpertWeight,
+    PackedExpertWeight,
+    check_experts,
+    expert_weights,
+    is_transposed,
+    to_float_experts,
+    to_packed_experts,
+    to_training_experts,
+)
 from .packed import (
     PackedConv1D,
     PackedConv2d,
     PackedEmbedding,
     PackedLayer,
     PackedLinear,
-    pack_layer,
+    empty_tensors,
     to_float,
     to_packed,
+    trained_tensors,
 )
 from .training import CPQConv1D, CPQConv2d, CPQEmbedding, CPQLinear, TrainingLayer, to_training
 
@@ -40,26 +53,38 @@ LAYERS: dict[type[nn.Module], Kind] = {
     Conv1D: Kind("conv1d", CPQConv1D, PackedConv1D, transposed=True),
     nn.Embedding: Kind("embedding", CPQEmbedding, PackedEmbedding, has_float_input=False),
 }
-BY_TRAINING: dict[type[nn.Module], Kind] = {kind.training: kind for kind in LAYERS.values()}
-BY_PACKED: dict[type[nn.Module], Kind] = {kind.packed: kind for kind in LAYERS.values()}
+EXPERTS = Kind("experts", ExpertWeight, PackedExpertWeight)
+KINDS: dict[type[nn.Module], Kind] = {
+    quantized: kind for kind in (*LAYERS.values(), EXPERTS) for quantized in (kind.training, kind.packed)
+}
 
 __all__ = [
-    "BY_PACKED",
-    "BY_TRAINING",
+    "EXPERTS",
+    "KINDS",
     "LAYERS",
+    "SUFFIX",
     "CPQConv1D",
     "CPQConv2d",
     "CPQEmbedding",
     "CPQLinear",
+    "ExpertWeight",
     "Kind",
     "PackedConv1D",
     "PackedConv2d",
     "PackedEmbedding",
+    "PackedExpertWeight",
     "PackedLayer",
     "PackedLinear",
     "TrainingLayer",
-    "pack_layer",
+    "check_experts",
+    "empty_tensors",
+    "expert_weights",
+    "is_transposed",
     "to_float",
+    "to_float_experts",
     "to_packed",
+    "to_packed_experts",
     "to_training",
+    "to_training_experts",
+    "trained_tensors",
 ]

@@ -11,6 +11,7 @@ gives in evaluation: levels and scales are the same numbers, multiplied in the s
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from ..errors import CPQError
 from ..packing import pack, unpack, words_per_row
 from ..quantizer import from_grouped
 from ..spec import LayerSpec
-from .training import FixedVocabulary, TrainingLayer, conv1d_forward, swap_class
+from .training import FixedVocabulary, TrainingLayer, conv1d_forward, drop_quantizers, swap_class
 
 
 class PackedLayer(nn.Module):
@@ -35,11 +36,16 @@ class PackedLayer(nn.Module):
     weight_scale: Tensor
     input_scale: Tensor
 
-    def dequantized_weight(self) -> Tensor:
+    @property
+    def holder(self) -> PackedLayer:
+        """The layer that holds the weight: this one, or the one that its weight is tied to."""
+        return vars(self).get("_holder", (self,))[0]  # in a tuple, to be no child
+
+    def quantized_weight(self) -> Tensor:
         """The weight as floating-point numbers: shape of the float layer's, in the layer's dtype."""
-        weight = self.spec.weight
-        levels = unpack(self.weight_packed, weight.bits, weight.columns)
-        return from_grouped(self._scaled(levels, self.weight_scale), weight)
+        weight, holder = self.spec.weight, self.holder
+        levels = unpack(holder.weight_packed, weight.bits, weight.columns)
+        return from_grouped(self._scaled(levels, holder.weight_scale), weight)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input on the grid, or as it is where activations are not quantized."""
@@ -57,7 +63,7 @@ class PackedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight, for code that looks at a layer's weight. Made anew at each access."""
-        weight = self.dequantized_weight()
+        weight = self.quantized_weight()
         weight._is_hf_initialized = True  # type: ignore[attr-defined]  # there is nothing here for transformers to init
         return weight
 
@@ -88,7 +94,7 @@ class PackedLayer(nn.Module):
             after = self._buffers[name]
             if before is not None and after is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
-        if not self.weight_scale.is_meta:
+        if not self.holder.weight_scale.is_meta:
             self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 
@@ -102,93 +108,99 @@ class PackedLinear(PackedLayer, nn.Linear):
     """`nn.Linear` from packed weights."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(self.quantized_input(input), self.dequantized_weight(), self.bias)
+        return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
 class PackedConv2d(PackedLayer, nn.Conv2d):
     """`nn.Conv2d` from packed weights."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(self.quantized_input(input), self.dequantized_weight(), self.bias)
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
 class PackedConv1D(PackedLayer, Conv1D):  # type: ignore[misc]
     """transformers' `Conv1D` from packed weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv1d_forward(self.quantized_input(x), self.dequantized_weight(), self.bias)
+        return conv1d_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
 
 
 class PackedEmbedding(FixedVocabulary, PackedLayer, nn.Embedding):
     """`nn.Embedding` from packed weights: only the rows that are looked up are unpacked."""
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.spec.weight
+        weight, holder = self.spec.weight, self.holder
         rows = input.flatten()
-        levels = unpack(self.weight_packed[rows], weight.bits, weight.columns)
-        scale = self.weight_scale if self.weight_scale.dim() == 1 else self.weight_scale[rows]
+        levels = unpack(holder.weight_packed[rows], weight.bits, weight.columns)
+        scale = holder.weight_scale if holder.weight_scale.dim() == 1 else holder.weight_scale[rows]
         return self._scaled(levels, scale).flatten(1).view(*input.shape, weight.columns)
 
 
 def packed_tensors(spec: LayerSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every tensor a packed layer stores beside its bias."""
-    weight = spec.weight
-    tensors = {
-        "weight_packed": ((weight.rows, words_per_row(weight.columns, weight.bits)), torch.int32),
-        "weight_scale": (weight.scale_shape, torch.float32),
-        "weight_shape": ((len(weight.shape),), torch.int64),
-    }
+    """Shape and dtype of every tensor a packed layer stores beside its bias; a tied weight is stored elsewhere."""
+    weight, tensors = spec.weight, {}
+    if spec.tied_to is None:
+        tensors = {
+            "weight_packed": ((weight.rows, words_per_row(weight.columns, weight.bits)), torch.int32),
+            "weight_scale": (weight.scale_shape, torch.float32),
+            "weight_shape": ((len(weight.shape),), torch.int64),
+        }
     return tensors if spec.activation is None else tensors | {"input_scale": ((1,), torch.float32)}
 
 
-def to_packed(layer: Any, packed_class: type[PackedLayer], spec: LayerSpec) -> None:
-    """Turn a float layer into `packed_class` in place, with empty buffers for a checkpoint to fill."""
-    device, dtype = layer.weight.device, layer.weight.dtype
-    tensors = {
+def empty_tensors(spec: LayerSpec, device: torch.device) -> dict[str, Tensor]:
+    """Buffers for a checkpoint to fill."""
+    return {
         name: torch.empty(shape, dtype=kind, device=device) for name, (shape, kind) in packed_tensors(spec).items()
     }
-    _become_packed(layer, packed_class, spec, dtype, tensors)
-
-
-def pack_layer(layer: TrainingLayer, packed_class: type[PackedLayer]) -> None:
-    """Turn a layer that trained into `packed_class` in place."""
-    spec = layer.layer_spec()
-    tensors = {
-        "weight_packed": pack(layer.weight_quantizer.levels(layer.weight), spec.weight.bits),
-        "weight_scale": layer.weight_quantizer.alpha(),
-        "weight_shape": torch.tensor(spec.weight.shape, device=layer.weight.device),
-    }
-    if layer.input_quantizer is not None:
-        spec = LayerSpec(spec.weight, layer.input_quantizer.resolved_spec())
-        tensors["input_scale"] = layer.input_quantizer.alpha()
-    dtype = layer.weight.dtype
-    del layer.weight_quantizer, layer.input_quantizer
-    _become_packed(layer, packed_class, spec, dtype, tensors)
 
 
 @torch.no_grad()
-def to_float(layer: Any, float_class: type[nn.Module]) -> None:
-    """Turn a layer that trains, or a packed one, into the float layer it came from, its weight rounded to the grid."""
-    if isinstance(layer, TrainingLayer):
-        layer.weight_quantizer.eval()  # the full grid, no DropBits
-        layer.weight.copy_(layer.quantized_weight())
-        del layer.weight_quantizer, layer.input_quantizer
-        swap_class(layer, float_class)
-        return
-    weight = layer.dequantized_weight()
-    for name in packed_tensors(layer.spec):
-        delattr(layer, name)
-    del layer.spec, layer.dtype
-    swap_class(layer, float_class)
-    layer.register_parameter("weight", nn.Parameter(weight))
+def trained_tensors(layer: TrainingLayer) -> tuple[LayerSpec, dict[str, Tensor]]:
+    """What a layer that trained becomes: its final specification, and its packed tensors."""
+    spec, tensors = layer.layer_spec(), {}
+    if spec.tied_to is None:
+        tensors = {
+            "weight_packed": pack(layer.weight_quantizer.levels(layer.weight), spec.weight.bits),
+            "weight_scale": layer.weight_quantizer.alpha(),
+            "weight_shape": torch.tensor(spec.weight.shape, device=layer.weight.device),
+        }
+    if layer.input_quantizer is not None:
+        spec = replace(spec, activation=layer.input_quantizer.resolved_spec())
+        tensors["input_scale"] = layer.input_quantizer.alpha()
+    return spec, tensors
 
 
-def _become_packed(
-    layer: Any, packed_class: type[PackedLayer], spec: LayerSpec, dtype: torch.dtype, tensors: dict[str, Tensor]
-) -> None:
-    del layer.weight
-    swap_class(layer, packed_class)
+def fill_packed(layer: Any, spec: LayerSpec, dtype: torch.dtype, tensors: dict[str, Tensor]) -> None:
+    """Give a packed layer what makes it one."""
     for name, tensor in tensors.items():
         layer.register_buffer(name, tensor)
     layer.spec, layer.dtype = spec, dtype
     layer._is_hf_initialized = True
+
+
+def to_packed(
+    layer: Any, packed_class: type[PackedLayer], spec: LayerSpec, tensors: dict[str, Tensor], holder: Any = None
+) -> None:
+    """Turn a layer, float or one that trained, into `packed_class` in place; `holder` has its weight if it is tied."""
+    dtype = layer.weight.dtype
+    if isinstance(layer, TrainingLayer):
+        drop_quantizers(layer)
+    del layer.weight
+    swap_class(layer, packed_class)
+    fill_packed(layer, spec, dtype, tensors)
+    if holder is not None:
+        vars(layer)["_holder"] = (holder,)
+
+
+def to_float(layer: Any, float_class: type[nn.Module], weight: nn.Parameter) -> None:
+    """Turn a layer that trains, or a packed one, into the float layer that it came from, with this weight."""
+    if isinstance(layer, TrainingLayer):
+        drop_quantizers(layer)
+    else:
+        for name in packed_tensors(layer.spec):
+            delattr(layer, name)
+        vars(layer).pop("_holder", None)
+        del layer.spec, layer.dtype
+    swap_class(layer, float_class)
+    layer.register_parameter("weight", weight)

@@ -25,6 +25,7 @@ class TrainingLayer(nn.Module):
     weight: Tensor
     weight_quantizer: WeightQuantizer
     input_quantizer: ActivationQuantizer | None
+    tied_to: str | None = None  # name of the layer whose weight and weight quantizer this one shares
 
     def quantized_weight(self) -> Tensor:
         """The weight on the grid, shape and dtype of `weight`."""
@@ -34,10 +35,21 @@ class TrainingLayer(nn.Module):
         """The input on the grid, or as it is where activations are not quantized."""
         return x if self.input_quantizer is None else self.input_quantizer(x)
 
+    @property
+    def owner(self) -> nn.Module:
+        """The module that is called where the weight is used: this one."""
+        return self
+
+    def count_uses(self, inputs: tuple[Any, ...], output: Any) -> tuple[float, float]:
+        """From a call of `owner`: with how many inputs each weight was multiplied, and the elements of the input."""
+        if not inputs[0].is_floating_point():  # looking up a row multiplies nothing
+            return 0.0, 0.0
+        return output.numel() / self.weight_quantizer.spec.rows, inputs[0].numel()
+
     def layer_spec(self) -> LayerSpec:
         """How this layer is quantized, a learned width as it stands."""
         activation = None if self.input_quantizer is None else self.input_quantizer.current_spec()
-        return LayerSpec(self.weight_quantizer.current_spec(), activation)
+        return LayerSpec(self.weight_quantizer.current_spec(), activation, self.tied_to)
 
 
 class CPQLinear(TrainingLayer, nn.Linear):
@@ -101,11 +113,32 @@ def swap_class(layer: Any, new_class: type[nn.Module]) -> None:
         add_hook_to_module(layer, hook)
 
 
-def to_training(layer: Any, training_class: type[TrainingLayer], spec: LayerSpec, min_bits: int, name: str) -> None:
-    """Turn a float layer into `training_class` in place. Its step sizes still have to be initialized or loaded."""
+def to_training(
+    layer: Any, training_class: type[TrainingLayer], spec: LayerSpec, min_bits: int, name: str, holder: Any = None
+) -> None:
+    """Turn a float layer into `training_class` in place. Its step sizes still have to be initialized or loaded.
+
+    `holder` is the layer that has the weight quantizer if the weight is tied; it stays that layer's child alone.
+    """
     device = layer.weight.device
     swap_class(layer, training_class)
-    layer.register_module("weight_quantizer", WeightQuantizer(spec.weight, min_bits, device))
+    if holder is None:
+        layer.register_module("weight_quantizer", WeightQuantizer(spec.weight, min_bits, device))
+    else:
+        vars(layer)["weight_quantizer"], layer.tied_to = holder.weight_quantizer, spec.tied_to
+    register_input_quantizer(layer, spec, min_bits, device, name)
+
+
+def drop_quantizers(layer: TrainingLayer) -> None:
+    """Take from a layer what [`to_training`] gave it."""
+    del layer.weight_quantizer, layer.input_quantizer
+    vars(layer).pop("tied_to", None)
+
+
+def register_input_quantizer(
+    layer: nn.Module, spec: LayerSpec, min_bits: int, device: torch.device, name: str
+) -> None:
+    """Give a layer the quantizer of its input, or None."""
     activation = spec.activation
     quantizer = None if activation is None else ActivationQuantizer(activation, min_bits, device, name)
     layer.register_module("input_quantizer", quantizer)

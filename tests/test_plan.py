@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from cpq_hf import CPQConfig, CPQError, prepare_model
+from cpq_hf import CPQConfig, CPQError, prepare_model, summarize
 from cpq_hf.plan import matches
 from cpq_hf.spec import ActivationSpec, LayerSpec, WeightSpec
 
@@ -189,14 +189,17 @@ def test_weights_that_are_not_finite(value):
     assert type(model.first) is nn.Linear
 
 
-def test_tied_weights_stay_out():
+def test_layers_that_share_a_weight_share_its_quantizer():
     model = Small()
     model.block[2].weight = model.block[0].weight
-    assert set(bits_of(prepare_model(model, CPQConfig()))) == {"first"}
-    model = Small()
-    model.block[2].weight = model.block[0].weight
-    with pytest.raises(CPQError, match="`block.0` is tied to another module"):
-        prepare_model(model, CPQConfig(modules_to_not_convert=[]))
+    prepare_model(model, CPQConfig())
+    layers = summarize(model).to_dict()["layers"]
+    assert {name: layer["tied_to"] for name, layer in layers.items()} == {
+        "first": None,
+        "block.0": None,
+        "block.2": "block.0",
+    }
+    assert model.block[2].weight_quantizer is model.block[0].weight_quantizer
 
 
 def test_layer_whose_forward_was_replaced():

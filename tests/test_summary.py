@@ -37,6 +37,7 @@ def test_numbers():
         "group_size": None,
         "shape": [32, 64],
         "cluster_distance": report["layers"]["0"]["cluster_distance"],
+        "tied_to": None,
     }
     assert report["not_quantized"] == {"3": "Linear"}
 

@@ -37,9 +37,7 @@ def load(experiment: Experiment, source: str) -> Data:
     folder = Path(source)
     try:
         parts = (
-            datasets.load_dataset("imagefolder", data_dir=source)
-            if folder.is_dir()
-            else datasets.load_dataset(source)
+            datasets.load_dataset("imagefolder", data_dir=source) if folder.is_dir() else datasets.load_dataset(source)
         )
     except (DatasetNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]

@@ -15,29 +15,25 @@ from __future__ import annotations
 
 import argparse
 import copy
-import platform
 import shutil
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import transformers
 from accelerate import PartialState
 from data import Data, load
-from experiments import BITS, EXPERIMENTS, MIN_BITS, VARIANTS, Experiment, quantization
+from experiments import BITS, EXPERIMENTS, MIN_BITS, VARIANTS, quantization
 from models import pretrained_model, random_model
 from results import Results, Settings, digest
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
+from torch import nn
+from training import measure, trainer_of
+from transformers import Trainer
 
 import cpq_hf
-from cpq_hf import CPQCallback, CPQConfig, CPQOptimizer
+from cpq_hf import CPQConfig
 
 
 def parse() -> argparse.Namespace:
@@ -51,22 +47,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--random_init", action="store_true", help="train the float model too, from random weights")
     parser.add_argument("--max_steps", type=int, default=-1, help="stop each training after so many steps")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images, for each training process")
-    parser.add_argument("--output", type=Path, default=Path("runs/paper"))
+    parser.add_argument("--output", type=Path, default=Path("runs/paper"), help="where results and checkpoints go")
     args = parser.parse_args()
-    args.pretrained = "/" in EXPERIMENTS[args.experiment].model and not args.random_init
-    if args.model and not args.pretrained:
+    pretrained = "/" in EXPERIMENTS[args.experiment].model and not args.random_init
+    if args.model and not pretrained:
         parser.error("--model is for a pretrained model; this one starts from random weights")
+    args.start = (args.model or EXPERIMENTS[args.experiment].model) if pretrained else None
     return args
-
-
-def errors(prediction: EvalPrediction) -> dict[str, float]:
-    """Top-1 and top-5 error in percent; `predictions` are the five best classes, [images, 5]."""
-    right = prediction.predictions == prediction.label_ids[:, None]
-    return {"top1_error": 100 * (1 - np.mean(right[:, 0])), "top5_error": 100 * (1 - np.mean(right.any(1)))}
-
-
-def best_five(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.topk(min(5, logits.shape[-1])).indices
 
 
 class Runner:
@@ -74,12 +61,12 @@ class Runner:
 
     def __init__(self, args: argparse.Namespace, data: Data) -> None:
         self.args, self.data = args, data
-        self.experiment: Experiment = EXPERIMENTS[args.experiment]
+        self.experiment = EXPERIMENTS[args.experiment]
         self.results = Results(args.output / "results.jsonl")
         self.processes = PartialState()
 
     def settings(self, variant: str, **more: Any) -> Settings:
-        start = (self.args.model or self.experiment.model) if self.args.pretrained else "random"
+        start = self.args.start or "random"
         return {
             "experiment": self.args.experiment,
             "variant": variant,
@@ -92,62 +79,17 @@ class Runner:
     def folder(self, settings: Settings) -> Path:
         return self.args.output / f"{self.args.experiment}-{settings['variant']}-{digest(settings)}"
 
-    def trainer(self, model: nn.Module, folder: Path, epochs: float, lr: float, seed: int, quantized: bool) -> Trainer:
-        experiment = self.experiment
-        training = TrainingArguments(
-            output_dir=str(folder),
-            num_train_epochs=epochs,
+    def trainer(self, model: nn.Module, settings: Settings, quantized: bool) -> Trainer:
+        return trainer_of(
+            self.experiment,
+            model,
+            self.data,
+            self.folder(settings),
+            quantized,
+            settings.get("seed", 0),
             max_steps=self.args.max_steps,
-            per_device_train_batch_size=experiment.batch_size // self.processes.num_processes,
-            per_device_eval_batch_size=experiment.batch_size,
-            learning_rate=lr,
-            weight_decay=experiment.weight_decay,
-            optim=experiment.optim,
-            lr_scheduler_type="cosine",
-            warmup_steps=experiment.warmup,
-            logging_steps=100,
-            save_strategy="epoch",
-            save_total_limit=1,
-            report_to="none",
-            remove_unused_columns=False,
             dataloader_num_workers=self.args.workers,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            seed=seed,
         )
-        return Trainer(
-            model=model,
-            args=training,
-            train_dataset=self.data.train,
-            eval_dataset=self.data.test,
-            compute_metrics=errors,
-            preprocess_logits_for_metrics=best_five,
-            callbacks=[CPQCallback()] if quantized else None,
-            optimizer_cls_and_kwargs=(CPQOptimizer, {"args": training}) if quantized else None,
-        )
-
-    def measure(self, trainer: Trainer, train: bool) -> dict[str, Any]:
-        """Train, from the last checkpoint if there is one, and evaluate."""
-        folder, started = Path(trainer.args.output_dir), time.time()
-        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if train:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        seconds = time.time() - started
-        metrics = trainer.evaluate()
-        return {
-            "top1_error": metrics["eval_top1_error"],
-            "top5_error": metrics["eval_top5_error"],
-            "seconds": round(seconds, 1),  # of the last part, if resumed
-            "resumed": checkpoint is not None,
-            "steps": trainer.state.global_step,
-            "processes": self.processes.num_processes,
-            "device": trainer.args.device.type,
-            "versions": {
-                "cpq_hf": cpq_hf.__version__,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-        }
 
     def finish(self, settings: Settings, result: dict[str, Any]) -> None:
         """Write the line; then the checkpoints are not needed any more."""
@@ -161,24 +103,25 @@ class Runner:
         """Load the pretrained model, or train one once and keep it."""
         settings = self.settings("float")
         kept = self.folder(settings).with_suffix(".safetensors")
-        if self.args.pretrained:
-            model = pretrained_model(self.experiment, self.data.classes, self.args.model or self.experiment.model)
+        if self.args.start:
+            model = pretrained_model(self.experiment, self.data.classes, self.args.start)
         else:
             model = random_model(self.experiment, self.data.classes, seed=0)
         if self.results.get(settings) is None:
-            epochs, lr = self.experiment.float_epochs, self.experiment.float_lr
-            trainer = self.trainer(model, self.folder(settings), epochs, lr, seed=0, quantized=False)
-            result = self.measure(trainer, train=not self.args.pretrained)
-            if not self.args.pretrained and self.processes.is_main_process:
+            result = measure(self.trainer(model, settings, quantized=False), train=not self.args.start)
+            if not self.args.start and self.processes.is_main_process:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 save_file({name: value.contiguous() for name, value in model.state_dict().items()}, kept)
             self.finish(settings, result)
-        elif not self.args.pretrained:
+        elif not self.args.start:
             model.load_state_dict(load_file(kept))
         return model.cpu()
 
-    def quantized(self, model: nn.Module, variant: str, bits: int, seed: int) -> None:
-        """One run, unless it is there."""
+    def run_settings(self, variant: str, bits: int, seed: int, lengths: dict[str, int] | None = None) -> Settings:
+        return self.settings(variant, bits=bits, seed=seed, config=quantization(variant, bits, lengths))
+
+    def quantized(self, float_model: nn.Module, variant: str, bits: int, seed: int) -> None:
+        """One run, unless its result is there."""
         lengths = None
         if variant == "learned-fixed":
             learned = self.results.get(self.run_settings("learned", bits, seed))
@@ -189,17 +132,12 @@ class Runner:
         settings = self.run_settings(variant, bits, seed, lengths)
         if self.results.get(settings) is not None:
             return
-        model = cpq_hf.prepare_model(copy.deepcopy(model), CPQConfig(**settings["config"]))
-        epochs, lr = self.experiment.epochs, self.experiment.lr
-        trainer = self.trainer(model, self.folder(settings), epochs, lr, seed, quantized=True)
-        result = self.measure(trainer, train=True)
+        model = cpq_hf.prepare_model(copy.deepcopy(float_model), CPQConfig(**settings["config"]))
+        result = measure(self.trainer(model, settings, quantized=True))
         report = cpq_hf.summarize(model)
         result |= {"mean_bits": report.mean_bits, "packed_bytes": report.packed_bytes}
         result["layer_bits"] = {layer.name: layer.spec.weight.bits for layer in report.layers}
         self.finish(settings, result)
-
-    def run_settings(self, variant: str, bits: int, seed: int, lengths: dict[str, int] | None = None) -> Settings:
-        return self.settings(variant, bits=bits, seed=seed, config=quantization(variant, bits, lengths))
 
 
 def main() -> None:
@@ -207,10 +145,13 @@ def main() -> None:
     experiment = EXPERIMENTS[args.experiment]
     try:
         runner = Runner(args, load(experiment, args.data or experiment.data))
-        if torch.cuda.device_count() > 1 and runner.processes.num_processes == 1:
-            raise ValueError("several GPUs: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one")
-        if experiment.batch_size % runner.processes.num_processes:
-            raise ValueError(f"batches of {experiment.batch_size} do not divide among {runner.processes.num_processes}")
+        processes = runner.processes.num_processes
+        if torch.cuda.device_count() > 1 and processes == 1:
+            raise ValueError(
+                "several GPUs: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them"
+            )
+        if experiment.batch_size % processes:
+            raise ValueError(f"a batch of {experiment.batch_size} does not divide among {processes} processes")
         model = runner.float_model()
     except ValueError as error:
         sys.exit(f"error: {error}")

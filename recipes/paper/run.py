@@ -63,7 +63,7 @@ class Runner:
         self.args, self.data = args, data
         self.experiment = EXPERIMENTS[args.experiment]
         self.results = Results(args.output / "results.jsonl")
-        self.processes = PartialState()
+        self.processes = PartialState(cpu=not torch.accelerator.is_available())
 
     def settings(self, variant: str, **more: Any) -> Settings:
         start = self.args.start or "random"

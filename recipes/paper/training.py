@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from data import Data
@@ -23,7 +22,8 @@ from cpq_hf import CPQCallback, CPQOptimizer
 def errors(prediction: EvalPrediction) -> dict[str, float]:
     """Top-1 and top-5 error in percent; `predictions` are the five best classes, [images, 5]."""
     right = prediction.predictions == prediction.label_ids[:, None]
-    return {"top1_error": 100 * (1 - np.mean(right[:, 0])), "top5_error": 100 * (1 - np.mean(right.any(axis=1)))}
+    top1, top5 = right[:, 0].mean(), right.any(axis=1).mean()
+    return {"top1_error": round(100 * float(1 - top1), 4), "top5_error": round(100 * float(1 - top5), 4)}
 
 
 def best_five(logits: Tensor, labels: Tensor) -> Tensor:
@@ -49,6 +49,8 @@ def trainer_of(
         save_strategy="epoch",
         save_total_limit=1,
         report_to="none",
+        ddp_find_unused_parameters=False,
+        use_cpu=not torch.accelerator.is_available(),  # several processes on CPU need to be told
         remove_unused_columns=False,  # images become `pixel_values` only when they are read
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,

@@ -58,7 +58,8 @@ def load(experiment: Experiment, source: str) -> Data:
 
     def prepared(part: str, prepare: Callable[[Image.Image, Experiment], Tensor]) -> datasets.Dataset:
         def rows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-            return {"pixel_values": [prepare(row, experiment) for row in batch[image]], "labels": batch[label]}
+            images = [row.convert("L" if experiment.channels == 1 else "RGB") for row in batch[image]]
+            return {"pixel_values": [prepare(row, experiment) for row in images], "labels": batch[label]}
 
         return parts[part].select_columns([image, label]).with_transform(rows)
 
@@ -108,7 +109,7 @@ def random_box(width: int, height: int) -> tuple[float, float, float, float]:
 
 def tensor(image: Image.Image, experiment: Experiment) -> Tensor:
     """Values of 0 to 255 -> normalised by channel."""
-    values = np.array(image.convert("L" if experiment.channels == 1 else "RGB"), dtype=np.float32) / 255
+    values = np.array(image, dtype=np.float32) / 255
     # [height, width] or [height, width, channels] -> [channels, height, width]
     pixels = torch.from_numpy(values.reshape(*values.shape[:2], experiment.channels)).permute(2, 0, 1)
     mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (experiment.mean, experiment.std))

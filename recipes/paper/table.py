@@ -41,7 +41,8 @@ def grid() -> list[Row]:
 
 def conditions(settings: Settings) -> str:
     """What runs of one row must have in common: all but the seed and the lengths that it led to."""
-    return json.dumps({name: value for name, value in settings.items() if name not in ("seed", "config")})
+    config = {name: value for name, value in settings.get("config", {}).items() if name != "overrides"}
+    return json.dumps({name: value for name, value in settings.items() if name != "seed"} | {"config": config})
 
 
 def rows_of(lines: list[dict[str, Any]]) -> dict[Row, list[dict[str, Any]]]:

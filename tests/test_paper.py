@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,12 +38,12 @@ run.main()
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Forty digits, at the sizes of the four data sets, in the "imagefolder" format."""
+    """Forty digits of 28x28, twenty of 32x32 and 224x224, in the "imagefolder" format."""
     root = tmp_path_factory.mktemp("images")
     images, labels = load_digits(return_X_y=True)
-    for size, mode in ((28, "L"), (32, "RGB"), (224, "RGB")):
-        for number in range(40):
-            folder = root / str(size) / ("train" if number < 30 else "test") / str(labels[number])
+    for size, mode, count in ((28, "L", 40), (32, "RGB", 20), (224, "RGB", 20)):
+        for number in range(count):
+            folder = root / str(size) / ("train" if number < count - 10 else "test") / str(labels[number])
             folder.mkdir(parents=True, exist_ok=True)
             pixels = (images[number].reshape(8, 8) * 255 / 16).astype(np.uint8)
             Image.fromarray(pixels).convert(mode).resize((size, size)).save(folder / f"{number}.png")
@@ -176,6 +177,31 @@ def test_full_model_on_224_pixels(folders, tmp_path, experiment):
     assert [line["settings"]["start"] for line in lines(tmp_path)] == ["random", "random"]
 
 
+@pytest.mark.slow
+def test_two_processes_write_one_line_a_run(folders, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(PAPER / "run.py"), "lenet5-mnist", "--data", str(folders / "28"),
+         "--max_steps", "2", "--bits", "3"],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = lines(tmp_path)
+    assert [line["settings"]["variant"] for line in found] == [
+        "float",
+        "plain",
+        "dropbits",
+        "learned",
+        "learned-fixed",
+    ]
+    assert {line["result"]["processes"] for line in found} == {2}
+
+
 BAD = """
 import sys
 sys.path.insert(0, {paper!r})
@@ -192,8 +218,7 @@ for source in sys.argv[1:]:
 def test_bad_data_folders(folders, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "flat/train").mkdir(parents=True)
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half/train").symlink_to(folders / "28/train")
+    shutil.copytree(folders / "28/train", tmp_path / "half/train")
     (tmp_path / "flat/test").mkdir()
     for part in ("train", "test"):
         Image.new("L", (28, 28)).save(tmp_path / f"flat/{part}/0.png")

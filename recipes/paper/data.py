@@ -40,10 +40,10 @@ def load(experiment: Experiment, source: str) -> Data:
             datasets.load_dataset("imagefolder", data_dir=source) if folder.is_dir() else datasets.load_dataset(source)
         )
     except (DatasetNotFoundError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(
-            f"no data set {source!r}: {reason} Give `--data` the path of a folder ({FORMAT}), or a name on the Hub; "
-            "for a gated one accept its terms there and run `hf auth login`"
+            f"no data set {source!r}: {reason}. Give `--data` a name on the Hub (for a gated one accept its terms "
+            f"there and run `hf auth login`), or the path of a folder; {FORMAT}"
         ) from error
     test = next((name for name in ("validation", "test") if name in parts), None)
     if "train" not in parts or test is None:
@@ -51,7 +51,8 @@ def load(experiment: Experiment, source: str) -> Data:
     features = parts["train"].features
     image = next((name for name, kind in features.items() if isinstance(kind, datasets.Image)), None)
     label = next((name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
-    if image is None or label is None:
+    # images right under `train` have that for their class
+    if image is None or label is None or set(features[label].names) <= set(parts):
         raise ValueError(f"data set {source!r} has the columns {sorted(features)}, no image with its class; {FORMAT}")
     if parts[test].features[label] != features[label]:
         raise ValueError(f"the parts 'train' and {test!r} of data set {source!r} have different classes")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .errors import CPQError
 from .quantizer import Quantizer, WeightQuantizer
+from .sharding import assign_whole, whole
 from .surgery import quantizers
 
 TRAVEL = 15.0  # how far a logit can move while widths are learned; from sure to unlikely is about 7
@@ -86,8 +87,9 @@ class LengthLearner:
             self.clear_gradients()
             return
         parameters, valid = self._logits(), self._valid
-        logits = self._stacked([parameter.data for parameter in parameters])
-        gradient = self._stacked([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+        logits = self._stacked([whole(parameter.detach()) for parameter in parameters])
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        gradient = self._stacked([whole(gradient) for gradient in gradients])
         if grad_scale is not None:
             gradient = gradient / grad_scale
         probability = logits.sigmoid()
@@ -111,7 +113,7 @@ class LengthLearner:
         self.count.add_(finite)
         moved = logits - TRAVEL / self.steps * self._adam(tied, finite)
         moved = torch.where(finite, moved.clamp(-LIMIT, LIMIT), logits)
-        torch._foreach_copy_([parameter.data for parameter in parameters], self._rows_of(moved))
+        assign_whole(parameters, self._rows_of(moved))
         self.clear_gradients()
 
     def clear_gradients(self) -> None:

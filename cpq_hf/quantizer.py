@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from . import grid
 from .errors import CPQError
+from .sharding import assign_whole, whole
 from .spec import ActivationSpec, WeightSpec, level_bounds, level_offset
 
 DECIDED = 1e4
@@ -92,7 +93,7 @@ class Quantizer(nn.Module):
         if self.bit_logits is None:
             return False
         if self._decided is None:
-            self._decided = bool((self.bit_logits.detach().abs() > DECIDED / 2).all())
+            self._decided = bool((whole(self.bit_logits.detach()).abs() > DECIDED / 2).all())
             self._bits = self._likely_bits()
         return not self._decided
 
@@ -109,7 +110,7 @@ class Quantizer(nn.Module):
     def keep_probabilities(self) -> Tensor:
         """`P_j` of a learned width, `[max_bits - min_bits]`."""
         assert self.bit_logits is not None
-        return self.bit_logits.sigmoid().cumprod(0)
+        return whole(self.bit_logits).sigmoid().cumprod(0)
 
     def start_learning(self) -> None:
         """Begin with every bit likely."""
@@ -122,7 +123,7 @@ class Quantizer(nn.Module):
         """Fix a learned width."""
         assert self.bit_logits is not None
         kept = torch.arange(self.min_bits + 1, self.max_bits + 1, device=self.bit_logits.device) <= bits
-        self.bit_logits.copy_(torch.where(kept, DECIDED, -DECIDED))
+        assign_whole([self.bit_logits], [torch.where(kept, DECIDED, -DECIDED)])
         self._decided, self._bits = True, bits  # known here, so that the next step need not ask the device
 
     def _likely_bits(self) -> int:
@@ -217,7 +218,7 @@ class WeightQuantizer(Quantizer):
         v = v - level_offset(self.bits, self.spec.centered)
         lo, hi = level_bounds(self.bits, signed=True)
         inside = (v > lo - 0.5) & (v < hi + 0.5)
-        return ((v - v.round()).abs() * inside).sum() / inside.sum().clamp(min=1)
+        return whole(((v - v.round()).abs() * inside).sum()) / whole(inside.sum()).clamp(min=1)
 
     def extra_repr(self) -> str:
         group = f", group_size={self.spec.group_size}" if self.spec.group_size else ""

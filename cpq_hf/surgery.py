@@ -29,6 +29,7 @@ from .nn import (
 from .plan import QuantizationPlan
 from .quantizer import ActivationQuantizer, Quantizer
 from .selection import Candidate, candidates, select
+from .sharding import is_sharded
 from .spec import LayerSpec
 
 M = TypeVar("M", bound=nn.Module)
@@ -227,6 +228,11 @@ def pack(model: nn.Module) -> dict[str, LayerSpec]:
     """Replace every layer that trains by its packed form, in place. Nothing is changed if it raises."""
     prepared = _prepared_module(model)
     layers = dict(training_layers(model))
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise CPQError(
+            "the model is spread over processes (FSDP), so it cannot be packed in place: save it "
+            "(`trainer.save_model(folder)`), then in one process load the folder with `from_pretrained` and pack that"
+        )
     for name, layer in layers.items():
         check_finite(name, layer.weight)
         check_finite(f"{name}.weight_quantizer", layer.weight_quantizer.log_alpha)
@@ -289,4 +295,4 @@ def dequantize(model: nn.Module) -> bool:
 
 def layer_kind(layer: nn.Module) -> str:
     """Name of a layer's row in the table of layers."""
-    return KINDS[type(layer)].name
+    return next(KINDS[cls].name for cls in type(layer).__mro__ if cls in KINDS)  # FSDP2 makes a subclass of it

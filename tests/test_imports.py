@@ -9,7 +9,7 @@ import cpq_hf
 
 PACKAGE = Path(cpq_hf.__file__).parent
 RANKS = [
-    {"errors", "spec", "packing", "schedule", "kernels"},
+    {"errors", "spec", "packing", "schedule", "kernels", "sharding"},
     {"grid", "plan"},
     {"quantizer"},
     {"nn"},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class CPQHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
-        model._weight_conversions = []  # save under the model's own names, so that a resumed run finds every tensor
+        _save_as_given(model)
         if config.packed:
             return
         if self.fresh:
@@ -76,11 +77,18 @@ class CPQHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict]:
         """Called before config.json is written: the moment to note the checksums of what is about to be saved."""
+        state_dict = getattr(self, "state_dict", None)
         if self.quantization_config.packed:
             unsaved = {*(getattr(model, "all_tied_weights_keys", None) or ()), *(model._keys_to_ignore_on_save or ())}
-            tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in unsaved}
+            all_tensors = model.state_dict() if state_dict is None else state_dict
+            tensors = {name: tensor for name, tensor in all_tensors.items() if name not in unsaved}
             self.quantization_config.checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
-        return None, {}
+        return state_dict, {}
+
+    def remove_quantization_config(self, model: PreTrainedModel) -> None:
+        """After `dequantize`, a plain model saves plainly."""
+        super().remove_quantization_config(model)
+        vars(model).pop("save_pretrained", None)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """For `model.dequantize()`: a plain float model, its weights rounded to the grid."""
@@ -113,7 +121,27 @@ def attach(model: Any, config: CPQConfig) -> None:
     model.config.quantization_config = config
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
+    _save_as_given(model)
+
+
+def _save_as_given(model: Any) -> None:
+    """Save under the model's own names, so that a resumed run finds every tensor, and what `state_dict` holds.
+
+    transformers replaces the argument `state_dict` of `save_pretrained` by what the quantizer returns, but a Trainer
+    hands in there what it has gathered from all processes (FSDP, DeepSpeed).
+    """
     model._weight_conversions = []
+    model.save_pretrained = MethodType(_save_pretrained, model)
+
+
+def _save_pretrained(
+    self: Any, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    self.hf_quantizer.state_dict = state_dict
+    try:
+        return type(self).save_pretrained(self, save_directory, is_main_process, state_dict, *args, **kwargs)
+    finally:
+        self.hf_quantizer.state_dict = None
 
 
 def layers_in_model(model: PreTrainedModel, layers: dict[str, LayerSpec]) -> dict[str, LayerSpec]:

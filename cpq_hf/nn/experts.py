@@ -83,14 +83,15 @@ class Experts(nn.Module):
         return self._modules.get(name + SUFFIX) or self._modules.get(name)  # type: ignore[return-value]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        grids = {name: found for name in (*INPUTS, OUTPUT) if (found := self.grid(name)) is not None}
-        first = next((grids[name] for name in INPUTS if name in grids), None)
-        if first is not None:
-            hidden_states = first.quantized_input(hidden_states)
-        weights = {name: item.quantized_weight() for name, item in grids.items()}
         parameters = self._parameters
-        # a copy, so that the parameters themselves never leave the module, not even for the time of a call
-        vars(self)["_parameters"] = parameters | weights
+        weights = dict(parameters)  # a copy: the parameters never leave the module, not even for the time of a call
+        for name in (*INPUTS, OUTPUT):  # loops, not comprehensions: torch.compile cannot look into their closures here
+            grid = self.grid(name)
+            if grid is not None:
+                weights[name] = grid.quantized_weight()  # type: ignore[assignment]
+                if name in INPUTS:
+                    hidden_states = grid.quantized_input(hidden_states)
+        vars(self)["_parameters"] = weights
         try:
             return super().forward(hidden_states, *args, **kwargs)
         finally:

@@ -1,0 +1,36 @@
+"""Read and write parameters that FSDP2 has spread over processes (DTensors) as whole tensors; others as they are.
+
+Every process has to take part, for reading gathers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from torch.distributed.tensor import DTensor, distribute_tensor
+except ImportError:  # a build of torch without distributed
+    DTensor = None  # type: ignore[assignment,misc]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over processes."""
+    return DTensor is not None and isinstance(tensor, DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor, on every process."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def assign_whole(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+    """Copy whole tensors, the same on every process, into parameters."""
+    for parameter, value in zip(parameters, values, strict=True):
+        if is_sharded(parameter):
+            mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+            parameter.copy_(distribute_tensor(value, mesh, placements, src_data_rank=None))
+    plain = [(p.data, value) for p, value in zip(parameters, values, strict=True) if not is_sharded(p)]
+    if plain:
+        torch._foreach_copy_([own for own, _ in plain], [value for _, value in plain])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from . import lengths, schedule
+from . import lengths, oscillation, schedule
 from .errors import CPQError
 from .lengths import LengthLearner
 from .nn import TrainingLayer
@@ -69,7 +70,10 @@ class CPQController:
         self._learners = self._make_learners()
         while hasattr(optimizer, "optimizer"):  # accelerate's wrapper; the hook has to sit on the innermost
             optimizer = optimizer.optimizer
-        self._handle = optimizer.register_step_pre_hook(self._before_step)
+        self._handles = [optimizer.register_step_pre_hook(self._before_step)]
+        if self._learners:
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        self._put_back: list[Callable[[], None]] = []
         self._measuring: list[RemovableHandle] = []
         if self.learning:
             self._measure_costs()
@@ -140,7 +144,8 @@ class CPQController:
     def detach(self) -> None:
         """Remove the hook; the quantizers stay as they are."""
         self._stop_measuring()
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         # The forward and backward passes of this step are done, so what is set now holds for the next one.
@@ -150,7 +155,15 @@ class CPQController:
             learner.step(getattr(optimizer, "grad_scale", None))  # a fused optimizer unscales by itself, later
         if self.step >= self.learning_steps and self.learning:
             self._decide()
+        if self.plan.freeze_oscillating and self.step > 1 and self.step % oscillation.INTERVAL == 0:
+            held = [layer for layer in self._layers.values() if _holds(layer)]
+            oscillation.freeze_oscillating(held, optimizer, schedule.indecision(self.step / self.total_steps))
+        self._put_back = [learner.hold() for learner in self._learners.values()]
         self._apply_schedule()
+
+    def _after_step(self, *_: Any) -> None:
+        for put_back in self._put_back:
+            put_back()
 
     def _decide(self) -> None:
         for learner in self._learners.values():

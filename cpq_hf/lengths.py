@@ -14,7 +14,7 @@ weight decay the weights have. Part-way through training [`LengthLearner.decide`
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ class LengthLearner:
         self._tie = torch.tensor([numbers[self.ties[index]] for index in self.learned], device=device)
         self.multiplier, self.integral, self.scale, self.count = (torch.zeros(1, device=device) for _ in range(4))
         self.first, self.second, self.gradient = (torch.zeros_like(self._valid) for _ in range(3))
+        self._decided: list[Tensor] | None = None  # the logits, once they do not change any more
 
     def set_costs(self, costs: Sequence[float]) -> None:
         """Replace `N_l`; they count relative to their sum."""
@@ -82,9 +83,8 @@ class LengthLearner:
 
     @torch.no_grad()
     def step(self, grad_scale: Tensor | None = None) -> None:
-        """One step, from the gradients that the logits hold; takes these away, so that no optimizer moves them too."""
+        """One step, from the gradients that the logits hold; see [`hold`] for what the optimizer makes of them."""
         if not self.active:
-            self.clear_gradients()
             return
         parameters, valid = self._logits(), self._valid
         logits = self._stacked([whole(parameter.detach()) for parameter in parameters])
@@ -114,12 +114,23 @@ class LengthLearner:
         moved = logits - TRAVEL / self.steps * self._adam(tied, finite)
         moved = torch.where(finite, moved.clamp(-LIMIT, LIMIT), logits)
         assign_whole(parameters, self._rows_of(moved))
-        self.clear_gradients()
 
-    def clear_gradients(self) -> None:
-        """Leave nothing for an optimizer to do, decay included."""
-        for parameter in self._logits():
-            parameter.grad = None
+    @torch.no_grad()
+    def hold(self) -> Callable[[], None]:
+        """Note the logits as they are and clear their gradients; what is returned puts them back.
+
+        The optimizer has them too, and may decay them. It is let do so between the two, since one that holds a
+        parameter without any state cannot be resumed under FSDP2.
+        """
+        parameters = self._logits()
+        values = self._decided
+        if values is None:
+            values = [whole(parameter.detach()).clone() for parameter in parameters]
+            self._decided = None if self.active else values
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        return lambda: assign_whole(parameters, values)
 
     def decide(self) -> None:
         """Fix every width, the mean at or under the target."""
@@ -163,6 +174,7 @@ class LengthLearner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` wrote."""
+        self._decided = None
         try:
             self.set_costs([float(cost) for cost in state["costs"]])
             for name in ("multiplier", "integral", "scale", "count", "first", "second"):

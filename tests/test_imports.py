@@ -14,7 +14,7 @@ RANKS = [
     {"quantizer"},
     {"nn"},
     {"selection", "surgery", "summary"},
-    {"lengths", "distillation"},
+    {"lengths", "distillation", "oscillation"},
     {"controller"},
     {"hf"},
     {"cli"},

@@ -1,0 +1,83 @@
+"""Freeze weights that oscillate between two levels.
+
+Where the best value of a weight lies between two levels, an optimizer pushes it across the boundary, finds it too far
+on the other side, and pushes it back, for ever: the other weights train against noise, and the level it has when
+training ends is chance (Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022). Distilled
+models have many such weights. Freezing them, each at the level where it has mostly been, one after the other while
+training goes on, lets the rest make up for the choice. That is the paper's idea; detection is ours, with three bytes a
+weight: every `INTERVAL` optimizer steps,
+
+    n = the level now, n' = the level at the last look
+    r = mean - n              running mean of the level, relative to the level (bfloat16; infinite: frozen)
+    back = n != n' and n is nearer to the mean than n'
+    frozen, at the level nearest to the mean: back and the mean is further than `indecision` from any level
+
+A weight that drifts moves away from its mean, however fast, and is left alone. A frozen weight is put on the centre of
+its level, which follows the step size. The two tensors live in the optimizer's state of the weight, and so are saved,
+sharded and resumed like its moments.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .nn import TrainingLayer
+from .quantizer import from_grouped, to_grouped
+
+INTERVAL = 4
+MOMENTUM = 0.15  # of the running mean, for one look
+LEVEL, DRIFT = "cpq_level", "cpq_drift"  # keys in the optimizer's state
+
+
+@torch.no_grad()
+def freeze_oscillating(layers: list[TrainingLayer], optimizer: torch.optim.Optimizer, indecision: float) -> None:
+    """One look at the weights of some layers; those of learned width once it is decided.
+
+    Args:
+        layers (`list[TrainingLayer]`): Layers that hold their weight.
+        optimizer (`torch.optim.Optimizer`): The optimizer that trains them, after its first step: it makes its state
+            of a parameter when it finds none.
+        indecision (`float`): Distance of the mean from the nearest level, 0 to 1/2, from which a weight that comes
+            back is frozen.
+    """
+    for layer in layers:
+        if layer.weight_quantizer.learning or not layer.weight.requires_grad:
+            continue
+        state: dict[str, Any] = optimizer.state[layer.weight]
+        if state:
+            _look(layer, state, indecision)
+
+
+def _look(layer: TrainingLayer, state: dict[str, Any], indecision: float) -> None:
+    quantizer = layer.weight_quantizer
+    spec = quantizer.current_spec()
+    lo, hi = spec.bounds
+    alpha = quantizer.alpha()
+    alpha = alpha.view((1, 1, 1) if alpha.dim() == 1 else (*alpha.shape, 1))
+    level = (to_grouped(layer.weight.detach(), spec) / alpha - spec.offset).round_().clamp_(lo, hi)
+    if LEVEL not in state:
+        state[LEVEL], state[DRIFT] = level.to(torch.int8), torch.zeros_like(level, dtype=torch.bfloat16)
+        return
+    before, drift = state[LEVEL].to(level.dtype), state[DRIFT].to(level.dtype)  # loading may have cast them
+    frozen = drift.isinf()
+    moved = level - before
+    back = moved * drift > 0  # towards the mean
+    drift = torch.where(frozen, 0.0, drift - moved)
+    caught = back & ((drift - drift.round()).abs() > indecision) & ~frozen
+    drift.mul_(1 - MOMENTUM)
+    level = torch.where(frozen, before, torch.where(caught, (level + drift.round()).clamp_(lo, hi), level))
+    frozen = frozen | caught
+    state[LEVEL], state[DRIFT] = level.to(torch.int8), torch.where(frozen, torch.inf, drift).to(torch.bfloat16)
+    weight = torch.where(frozen, (level + spec.offset) * alpha, to_grouped(layer.weight.detach(), spec))
+    layer.weight.copy_(from_grouped(weight.to(layer.weight.dtype), spec))
+
+
+def frozen_share(layers: list[TrainingLayer], optimizer: torch.optim.Optimizer) -> Tensor | None:
+    """Share of the weights that are frozen; None before the first look."""
+    drifts = [state[DRIFT] for layer in layers if DRIFT in (state := optimizer.state.get(layer.weight, {}))]
+    if not drifts:
+        return None
+    return torch.stack([d.isinf().sum() for d in drifts]).sum() / sum(layer.weight.numel() for layer in layers)

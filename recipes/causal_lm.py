@@ -10,9 +10,8 @@ trained in float first. Perplexity is that of files it never saw. Your own model
         --dataset_config wikitext-2-raw-v1 --block_size 1024 --weight_bits 4 --granularity group \
         --per_device_train_batch_size 4 --gradient_accumulation_steps 8 --learning_rate 2e-5 --bf16
 
-Every option of TrainingArguments works: `--resume_from_checkpoint runs/causal_lm/checkpoint-500`, `--push_to_hub
---hub_model_id me/llama-w4` (of the packed model, in the end). `output_dir` then holds `float`, `trained` (on the grid,
-can be trained further) and `packed` (integers, what you publish).
+Every option of TrainingArguments works, as `--resume_from_checkpoint runs/causal_lm/checkpoint-500` or
+`--push_to_hub`. `output_dir` then holds `float`, `trained` (can be trained further), `packed` (what you publish).
 """
 
 from __future__ import annotations
@@ -70,11 +69,12 @@ class Quantization:
 
 
 def parse() -> tuple[Arguments, Quantization, TrainingArguments]:
+    gpu = torch.accelerator.is_available()
     parser = HfArgumentParser((Arguments, Quantization, TrainingArguments))
     parser.set_defaults(
         output_dir="runs/causal_lm", learning_rate=2e-5, lr_scheduler_type="cosine", warmup_steps=0.1,
-        weight_decay=0.01, per_device_train_batch_size=16, per_device_eval_batch_size=16, logging_steps=50,
-        num_train_epochs=1, prediction_loss_only=True, dataloader_pin_memory=torch.cuda.is_available(),
+        per_device_train_batch_size=16, per_device_eval_batch_size=16, logging_steps=50, num_train_epochs=1,
+        prediction_loss_only=True, dataloader_pin_memory=gpu, use_cpu=not gpu, ddp_find_unused_parameters=False,
     )  # fmt: skip
     if parser.parse_known_args()[0].model_name_or_path is None:  # a small model that knows nothing yet
         parser.set_defaults(float_epochs=2, learning_rate=4e-3, block_size=128)
@@ -167,29 +167,28 @@ def main() -> None:
     cpq_hf.calibrate_model(run.model, itertools.islice(run.get_train_dataloader(), 4))
     scores["rounded"] = perplexity(run)
     run.train(resume_from_checkpoint=resume)
-    scores["trained"] = perplexity(run)
     run.save_model(output / "trained")
+    run.accelerator.wait_for_everyone()
+    model = AutoModel.from_pretrained(output / "trained")  # the same in each process, batch statistics included
+    scores["trained"] = perplexity(Trainer(model, training, **parts))
 
-    # 3. packed by one process, loaded again by all
+    # 3. packed, saved by one process, loaded again by all
+    cpq_hf.pack_model(model)
     if run.is_world_process_zero():
         shutil.rmtree(output / "packed", ignore_errors=True)
-        packed = cpq_hf.pack_model(AutoModel.from_pretrained(output / "trained"))
-        packed.save_pretrained(output / "packed")
+        model.save_pretrained(output / "packed")
         tokenizer.save_pretrained(output / "packed")
-        cpq_hf.verify_checkpoint(output / "packed")
     run.accelerator.wait_for_everyone()
     model = AutoModel.from_pretrained(output / "packed")
     scores["reloaded"] = perplexity(Trainer(model, training, **parts))
 
     if run.is_world_process_zero():
-        report = cpq_hf.summarize(model)
+        report, size = cpq_hf.summarize(model), cpq_hf.verify_checkpoint(output / "packed")["bytes"]
         print(f"\n{report}\n\n{'model':10}{'perplexity':>12}")
         print(*(f"{name:10}{score:>12.4f}" for name, score in scores.items()), sep="\n")
-        megabytes = sum(file.stat().st_size for file in (output / "packed").glob("*.safetensors")) / 1e6
-        print(f"{output / 'packed'}: mean {report.mean_bits:.2f} bits, {megabytes:.3f} MB")
-        if push:
-            for part in (packed, tokenizer):
-                part.push_to_hub(training.hub_model_id or output.name, private=training.hub_private_repo)
+        print(f"{output / 'packed'}: mean {report.mean_bits:.2f} bits, {size / 1e6:.3f} MB")
+        for part in (model, tokenizer) if push else ():
+            part.push_to_hub(training.hub_model_id or output.name, private=training.hub_private_repo)
     run.accelerator.end_training()
     if scores["reloaded"] != scores["trained"]:
         raise SystemExit("the packed model does not score as the trained one")

@@ -61,11 +61,12 @@ class Arguments:
 
 
 def parse() -> tuple[Arguments, TrainingArguments]:
+    gpu = torch.accelerator.is_available()
     parser = HfArgumentParser((Arguments, TrainingArguments))
     parser.set_defaults(
         output_dir="runs/distill", learning_rate=2e-5, lr_scheduler_type="cosine", warmup_steps=0.1,
-        weight_decay=0.01, per_device_train_batch_size=16, per_device_eval_batch_size=16, logging_steps=50,
-        num_train_epochs=1, prediction_loss_only=True, dataloader_pin_memory=torch.cuda.is_available(),
+        per_device_train_batch_size=16, per_device_eval_batch_size=16, logging_steps=50, num_train_epochs=1,
+        prediction_loss_only=True, dataloader_pin_memory=gpu, use_cpu=not gpu, ddp_find_unused_parameters=False,
     )  # fmt: skip
     if parser.parse_known_args()[0].model_name_or_path is None:  # a small model that knows nothing yet
         parser.set_defaults(float_epochs=2, learning_rate=4e-3, block_size=128)
@@ -164,30 +165,29 @@ def main() -> None:
         cpq_hf.calibrate_model(run.model, itertools.islice(run.get_train_dataloader(), 4))
         rounded = perplexity(run)
         run.train()
-        trained = perplexity(run)
         run.save_model(folder / "trained")
+        run.accelerator.wait_for_everyone()
+        model = AutoModel.from_pretrained(folder / "trained")
+        trained = perplexity(Trainer(model, training, **parts))
 
-        # 3. packed by one process, loaded again by all
+        # 3. packed, saved by one process, loaded again by all
+        cpq_hf.pack_model(model)
         if run.is_world_process_zero():
             shutil.rmtree(folder / "packed", ignore_errors=True)
-            packed = cpq_hf.pack_model(AutoModel.from_pretrained(folder / "trained"))
-            packed.save_pretrained(folder / "packed")
+            model.save_pretrained(folder / "packed")
             tokenizer.save_pretrained(folder / "packed")
-            cpq_hf.verify_checkpoint(folder / "packed")
         run.accelerator.wait_for_everyone()
         model = AutoModel.from_pretrained(folder / "packed")
         rows.append((name, rounded, trained, perplexity(Trainer(model, training, **parts))))
 
     if run.is_world_process_zero():
-        report = cpq_hf.summarize(model)
+        report, size = cpq_hf.summarize(model), cpq_hf.verify_checkpoint(folder / "packed")["bytes"]
         print(f"\n{report}\n\nPerplexity\n{'model':10}{'rounded':>12}{'trained':>12}{'reloaded':>12}")
         for name, *values in rows:
             print(f"{name:10}" + "".join(f"{'-' if value is None else format(value, '.4f'):>12}" for value in values))
-        megabytes = sum(file.stat().st_size for file in (folder / "packed").glob("*.safetensors")) / 1e6
-        print(f"{folder / 'packed'}: mean {report.mean_bits:.2f} bits, {megabytes:.3f} MB")
-        if push:
-            for part in (packed, tokenizer):
-                part.push_to_hub(training.hub_model_id or output.name, private=training.hub_private_repo)
+        print(f"{folder / 'packed'}: mean {report.mean_bits:.2f} bits, {size / 1e6:.3f} MB")
+        for part in (model, tokenizer) if push else ():
+            part.push_to_hub(training.hub_model_id or output.name, private=training.hub_private_repo)
     run.accelerator.end_training()
     if any(trained != reloaded for _, _, trained, reloaded in rows[1:]):
         raise SystemExit("a packed model does not score as the trained one")

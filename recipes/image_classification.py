@@ -8,9 +8,8 @@ needs no network: scikit-learn's handwritten digits and a small model made here,
         --model_name_or_path microsoft/resnet-18 --dataset_name beans --label_column labels --float_epochs 3 \
         --weight_bits 4 --activation_bits 4 --num_train_epochs 10 --learning_rate 1e-4 --bf16
 
-Every option of TrainingArguments works: `--resume_from_checkpoint runs/image_classification/checkpoint-100`,
-`--push_to_hub --hub_model_id me/beans-w4a4` (of the packed model, in the end). `output_dir` then holds `float`,
-`trained` (on the grid, can be trained further) and `packed` (integers, what you publish).
+Every option of TrainingArguments works, as `--resume_from_checkpoint runs/image_classification/checkpoint-100` or
+`--push_to_hub`. `output_dir` then holds `float`, `trained` (can be trained further), `packed` (what you publish).
 """
 
 from __future__ import annotations
@@ -76,11 +75,12 @@ class Accuracy(evaluate.Metric):
 
 
 def parse() -> tuple[Arguments, Quantization, TrainingArguments]:
+    gpu = torch.accelerator.is_available()
     parser = HfArgumentParser((Arguments, Quantization, TrainingArguments))
     parser.set_defaults(
         output_dir="runs/image_classification", learning_rate=1e-4, lr_scheduler_type="cosine", warmup_steps=0.1,
-        weight_decay=0.01, per_device_train_batch_size=32, per_device_eval_batch_size=128, logging_steps=50,
-        save_strategy="epoch", remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(),
+        per_device_train_batch_size=32, per_device_eval_batch_size=128, logging_steps=50, ddp_find_unused_parameters=False,
+        save_strategy="epoch", remove_unused_columns=False, dataloader_pin_memory=gpu, use_cpu=not gpu,
     )  # fmt: skip
     if parser.parse_known_args()[0].model_name_or_path is None:  # a small model that knows nothing yet
         parser.set_defaults(float_epochs=12, num_train_epochs=12, learning_rate=2e-3)
@@ -112,14 +112,13 @@ def load_data(args: Arguments, seed: int) -> tuple[datasets.DatasetDict, dict[in
 
 
 def load_float(args: Arguments, names: list[str]):
-    """A model with an output for each class, and the processor that makes its inputs of images."""
+    """A model with an output for each class, a new one where it had others, and the processor that makes its inputs of images."""
     source, small = args.model_name_or_path, SMALL[args.architecture]
     config = AutoConfig.from_pretrained(source) if source else AutoConfig.for_model(args.architecture, **small)
     if set(config.label2id) != set(names):  # else the model knows these classes, maybe in another order
         config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
     if source is None:
         return AutoModel.from_config(config), SmallProcessor(size={"height": 32, "width": 32})
-    # an output layer of another size is replaced by a new one, to be trained
     model = AutoModel.from_pretrained(source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True)
     return model, AutoImageProcessor.from_pretrained(source, backend=None if is_torchvision_available() else "pil")
 
@@ -168,29 +167,28 @@ def main() -> None:
     cpq_hf.calibrate_model(run.model, itertools.islice(run.get_train_dataloader(), 4))
     scores["rounded"] = run.evaluate()["eval_score"]
     run.train(resume_from_checkpoint=resume)
-    scores["trained"] = run.evaluate()["eval_score"]
     run.save_model(output / "trained")
+    run.accelerator.wait_for_everyone()
+    model = AutoModel.from_pretrained(output / "trained")  # the same in each process, batch statistics included
+    scores["trained"] = Trainer(model, training, **parts).evaluate()["eval_score"]
 
-    # 3. packed by one process, loaded again by all
+    # 3. packed, saved by one process, loaded again by all
+    cpq_hf.pack_model(model)
     if run.is_world_process_zero():
         shutil.rmtree(output / "packed", ignore_errors=True)
-        packed = cpq_hf.pack_model(AutoModel.from_pretrained(output / "trained"))
-        packed.save_pretrained(output / "packed")
+        model.save_pretrained(output / "packed")
         processor.save_pretrained(output / "packed")
-        cpq_hf.verify_checkpoint(output / "packed")
     run.accelerator.wait_for_everyone()
     model = AutoModel.from_pretrained(output / "packed")
     scores["reloaded"] = Trainer(model, training, **parts).evaluate()["eval_score"]
 
     if run.is_world_process_zero():
-        report = cpq_hf.summarize(model)
+        report, size = cpq_hf.summarize(model), cpq_hf.verify_checkpoint(output / "packed")["bytes"]
         print(f"\n{report}\n\n{'model':10}{args.metric or 'accuracy':>12}")
         print(*(f"{name:10}{score:>12.4f}" for name, score in scores.items()), sep="\n")
-        megabytes = sum(file.stat().st_size for file in (output / "packed").glob("*.safetensors")) / 1e6
-        print(f"{output / 'packed'}: mean {report.mean_bits:.2f} bits, {megabytes:.3f} MB")
-        if push:
-            for part in (packed, processor):
-                part.push_to_hub(training.hub_model_id or output.name, private=training.hub_private_repo)
+        print(f"{output / 'packed'}: mean {report.mean_bits:.2f} bits, {size / 1e6:.3f} MB")
+        for part in (model, processor) if push else ():
+            part.push_to_hub(training.hub_model_id or output.name, private=training.hub_private_repo)
     run.accelerator.end_training()
     if scores["reloaded"] != scores["trained"]:
         raise SystemExit("the packed model does not score as the trained one")

@@ -6,12 +6,11 @@ needs no network: a small BERT, made here and trained in float first, learns whi
 library a piece of source code is from. Your own model and data:
 
     accelerate launch --config_file recipes/accelerate/one_gpu.yaml recipes/text_classification.py \
-        --model_name_or_path bert-base-cased --dataset_name nyu-mll/glue --dataset_config mnli --eval_split \
-        validation_matched --text_column premise hypothesis --float_epochs 1 --learning_rate 3e-5 --bf16
+        --model_name_or_path bert-base-cased --dataset_name nyu-mll/glue --dataset_config rte \
+        --text_column sentence1 sentence2 --float_epochs 3 --learning_rate 3e-5 --bf16
 
-Every option of TrainingArguments works: `--resume_from_checkpoint runs/text_classification/checkpoint-500`,
-`--push_to_hub --hub_model_id me/bert-mnli-w4` (of the packed model, in the end). `output_dir` then holds `float`,
-`trained` (on the grid, can be trained further) and `packed` (integers, what you publish).
+Every option of TrainingArguments works, as `--resume_from_checkpoint runs/text_classification/checkpoint-500` or
+`--push_to_hub`. `output_dir` then holds `float`, `trained` (can be trained further), `packed` (what you publish).
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ class Arguments:
     model_name_or_path: str | None = field(default=None, metadata={"help": "model of the Hub, or folder"})
     dataset_name: str | None = field(default=None, metadata={"help": "data set of the Hub, or folder; else source"})
     dataset_config: str | None = field(default=None, metadata={"help": "which of its configurations"})
-    eval_split: str | None = field(default=None, metadata={"help": "its part to evaluate on; else validation or test"})
     text_column: list[str] = field(default_factory=lambda: ["text"], metadata={"help": "its column of text, or two"})
     label_column: str = field(default="label", metadata={"help": "its column of classes"})
     max_length: int = field(default=128, metadata={"help": "tokens that are kept of a text"})
@@ -71,11 +69,12 @@ class Accuracy(evaluate.Metric):
 
 
 def parse() -> tuple[Arguments, Quantization, TrainingArguments]:
+    gpu = torch.accelerator.is_available()
     parser = HfArgumentParser((Arguments, Quantization, TrainingArguments))
     parser.set_defaults(
         output_dir="runs/text_classification", learning_rate=3e-5, lr_scheduler_type="cosine", warmup_steps=0.1,
-        weight_decay=0.01, per_device_train_batch_size=32, per_device_eval_batch_size=128, logging_steps=50,
-        save_strategy="epoch", remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(),
+        per_device_train_batch_size=32, per_device_eval_batch_size=128, logging_steps=50, ddp_find_unused_parameters=False,
+        save_strategy="epoch", remove_unused_columns=False, dataloader_pin_memory=gpu, use_cpu=not gpu,
     )  # fmt: skip
     if parser.parse_known_args()[0].model_name_or_path is None:  # a small model that knows nothing yet
         parser.set_defaults(float_epochs=8, num_train_epochs=4, learning_rate=1e-3, max_length=64)
@@ -85,13 +84,12 @@ def parse() -> tuple[Arguments, Quantization, TrainingArguments]:
 def load_data(args: Arguments, seed: int) -> tuple[datasets.DatasetDict, dict[int | str, str]]:
     """The parts `train` and `test`, and the name of the class for each label."""
     if args.dataset_name is None:
-        library, rows = Path(sysconfig.get_paths()["stdlib"]), {"text": [], "label": []}
-        for package in PACKAGES:
-            files = sorted(file for file in (library / package).rglob("*.py") if "test" not in file.parts)
-            text = "".join(file.read_text(encoding="utf-8") for file in files)
-            pieces = [text[start : start + 200] for start in range(0, min(len(text), 200_000), 200)]
-            rows = {"text": rows["text"] + pieces, "label": rows["label"] + [package] * len(pieces)}
-        data = datasets.DatasetDict(train=datasets.Dataset.from_dict(rows))
+        library, texts = Path(sysconfig.get_paths()["stdlib"]), {}
+        for name in PACKAGES:
+            files = sorted((library / name).rglob("*.py"))
+            texts[name] = "".join(file.read_text(encoding="utf-8") for file in files)[:200_000]
+        rows = [{"text": t[i : i + 200], "label": name} for name, t in texts.items() for i in range(0, len(t), 200)]
+        data = datasets.DatasetDict(train=datasets.Dataset.from_list(rows))
     else:
         data = datasets.load_dataset(args.dataset_name, args.dataset_config)
     features = data["train"].features
@@ -100,7 +98,7 @@ def load_data(args: Arguments, seed: int) -> tuple[datasets.DatasetDict, dict[in
             raise SystemExit(f"the data have no column {column!r}; set --{option} to one of: {', '.join(features)}")
         if option == "text_column" and features[column].dtype != "string":
             raise SystemExit(f"the column {column!r} holds no text; set --text_column to one that does")
-    test = args.eval_split or next((name for name in ("validation", "test") if name in data), None)
+    test = next((name for name in ("validation", "test") if name in data), None)
     if test is None:
         data, test = data["train"].train_test_split(test_size=0.25, seed=seed), "test"
     data = datasets.DatasetDict(train=data["train"], test=data[test])
@@ -111,7 +109,7 @@ def load_data(args: Arguments, seed: int) -> tuple[datasets.DatasetDict, dict[in
 
 
 def load_float(args: Arguments, texts: list[str], names: list[str]):
-    """A model with an output for each class, and its tokenizer."""
+    """A model with an output for each class, a new one where it had others, and its tokenizer."""
     if (source := args.model_name_or_path) is None:
         tokenizer = SmallTokenizer(do_lower_case=False).train_new_from_iterator(texts, 2000, show_progress=False)
         shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
@@ -124,7 +122,6 @@ def load_float(args: Arguments, texts: list[str], names: list[str]):
         config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
     if source is None:
         return AutoModel.from_config(config), tokenizer
-    # an output layer of another size is replaced by a new one, to be trained
     model = AutoModel.from_pretrained(source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True)
     return model, tokenizer
 
@@ -172,29 +169,28 @@ def main() -> None:
     cpq_hf.calibrate_model(run.model, itertools.islice(run.get_train_dataloader(), 4))
     scores["rounded"] = run.evaluate()["eval_score"]
     run.train(resume_from_checkpoint=resume)
-    scores["trained"] = run.evaluate()["eval_score"]
     run.save_model(output / "trained")
+    run.accelerator.wait_for_everyone()
+    model = AutoModel.from_pretrained(output / "trained")  # the same in each process, batch statistics included
+    scores["trained"] = Trainer(model, training, **parts).evaluate()["eval_score"]
 
-    # 3. packed by one process, loaded again by all
+    # 3. packed, saved by one process, loaded again by all
+    cpq_hf.pack_model(model)
     if run.is_world_process_zero():
         shutil.rmtree(output / "packed", ignore_errors=True)
-        packed = cpq_hf.pack_model(AutoModel.from_pretrained(output / "trained"))
-        packed.save_pretrained(output / "packed")
+        model.save_pretrained(output / "packed")
         tokenizer.save_pretrained(output / "packed")
-        cpq_hf.verify_checkpoint(output / "packed")
     run.accelerator.wait_for_everyone()
     model = AutoModel.from_pretrained(output / "packed")
     scores["reloaded"] = Trainer(model, training, **parts).evaluate()["eval_score"]
 
     if run.is_world_process_zero():
-        report = cpq_hf.summarize(model)
+        report, size = cpq_hf.summarize(model), cpq_hf.verify_checkpoint(output / "packed")["bytes"]
         print(f"\n{report}\n\n{'model':10}{args.metric or 'accuracy':>12}")
         print(*(f"{name:10}{score:>12.4f}" for name, score in scores.items()), sep="\n")
-        megabytes = sum(file.stat().st_size for file in (output / "packed").glob("*.safetensors")) / 1e6
-        print(f"{output / 'packed'}: mean {report.mean_bits:.2f} bits, {megabytes:.3f} MB")
-        if push:
-            for part in (packed, tokenizer):
-                part.push_to_hub(training.hub_model_id or output.name, private=training.hub_private_repo)
+        print(f"{output / 'packed'}: mean {report.mean_bits:.2f} bits, {size / 1e6:.3f} MB")
+        for part in (model, tokenizer) if push else ():
+            part.push_to_hub(training.hub_model_id or output.name, private=training.hub_private_repo)
     run.accelerator.end_training()
     if scores["reloaded"] != scores["trained"]:
         raise SystemExit("the packed model does not score as the trained one")

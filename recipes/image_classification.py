@@ -79,8 +79,8 @@ def parse() -> tuple[Arguments, Quantization, TrainingArguments]:
     parser = HfArgumentParser((Arguments, Quantization, TrainingArguments))
     parser.set_defaults(
         output_dir="runs/image_classification", learning_rate=1e-4, lr_scheduler_type="cosine", warmup_steps=0.1,
-        per_device_train_batch_size=32, use_cpu=not gpu, per_device_eval_batch_size=128, ddp_find_unused_parameters=False,
-        save_strategy="epoch", logging_steps=50, remove_unused_columns=False, dataloader_pin_memory=gpu,
+        per_device_train_batch_size=32, per_device_eval_batch_size=128, logging_steps=50, save_strategy="epoch",
+        remove_unused_columns=False, dataloader_pin_memory=gpu, use_cpu=not gpu, ddp_find_unused_parameters=False,
     )  # fmt: skip
     if parser.parse_known_args()[0].model_name_or_path is None:  # a small model that knows nothing yet
         parser.set_defaults(float_epochs=12, num_train_epochs=12, learning_rate=2e-3)

@@ -73,8 +73,8 @@ def parse() -> tuple[Arguments, Quantization, TrainingArguments]:
     parser = HfArgumentParser((Arguments, Quantization, TrainingArguments))
     parser.set_defaults(
         output_dir="runs/text_classification", learning_rate=3e-5, lr_scheduler_type="cosine", warmup_steps=0.1,
-        per_device_train_batch_size=32, use_cpu=not gpu, per_device_eval_batch_size=128, ddp_find_unused_parameters=False,
-        save_strategy="epoch", logging_steps=50, remove_unused_columns=False, dataloader_pin_memory=gpu,
+        per_device_train_batch_size=32, per_device_eval_batch_size=128, logging_steps=50, save_strategy="epoch",
+        remove_unused_columns=False, dataloader_pin_memory=gpu, use_cpu=not gpu, ddp_find_unused_parameters=False,
     )  # fmt: skip
     if parser.parse_known_args()[0].model_name_or_path is None:  # a small model that knows nothing yet
         parser.set_defaults(float_epochs=8, num_train_epochs=4, learning_rate=1e-3, max_length=64)
@@ -120,10 +120,8 @@ def load_float(args: Arguments, texts: list[str], names: list[str]):
         tokenizer, config = AutoTokenizer.from_pretrained(source), AutoConfig.from_pretrained(source)
     if set(config.label2id) != set(names):  # else the model knows these classes, maybe in another order
         config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
-    if source is None:
-        return AutoModel.from_config(config), tokenizer
-    model = AutoModel.from_pretrained(source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True)
-    return model, tokenizer
+    options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
+    return AutoModel.from_pretrained(source, **options) if source else AutoModel.from_config(config), tokenizer
 
 
 def main() -> None:

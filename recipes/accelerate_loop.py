@@ -72,7 +72,7 @@ def digits(seed: int) -> datasets.DatasetDict:
     images, labels = load_digits(return_X_y=True)
     pixels = images.reshape(-1, 1, 8, 8).repeat(4, axis=2).repeat(4, axis=3).astype(np.float32) / 8 - 1
     data = datasets.Dataset.from_dict({"pixel_values": pixels, "labels": labels})
-    return data.train_test_split(test_size=0.25, seed=seed).with_format("torch")
+    return data.train_test_split(test_size=0.2, seed=seed).with_format("torch")
 
 
 def small_resnet() -> ResNetConfig:

@@ -83,7 +83,7 @@ def parse() -> tuple[Arguments, Quantization, TrainingArguments]:
         remove_unused_columns=False, dataloader_pin_memory=gpu, use_cpu=not gpu, ddp_find_unused_parameters=False,
     )  # fmt: skip
     if parser.parse_known_args()[0].model_name_or_path is None:  # a small model that knows nothing yet
-        parser.set_defaults(float_epochs=12, num_train_epochs=12, learning_rate=2e-3)
+        parser.set_defaults(float_epochs=12, num_train_epochs=12, learning_rate=5e-3)
     return parser.parse_args_into_dataclasses()
 
 
@@ -103,7 +103,7 @@ def load_data(args: Arguments, seed: int) -> tuple[datasets.DatasetDict, dict[in
         raise SystemExit(f"the column {args.image_column!r} holds no images; set --image_column to one that does")
     test = next((name for name in ("validation", "test") if name in data), None)
     if test is None:
-        data, test = data["train"].train_test_split(test_size=0.25, seed=seed), "test"
+        data, test = data["train"].train_test_split(test_size=0.2, seed=seed), "test"
     data = datasets.DatasetDict(train=data["train"], test=data[test])
     if isinstance(features[args.label_column], datasets.ClassLabel):
         return data, dict(enumerate(features[args.label_column].names))

@@ -100,7 +100,7 @@ def load_data(args: Arguments, seed: int) -> tuple[datasets.DatasetDict, dict[in
             raise SystemExit(f"the column {column!r} holds no text; set --text_column to one that does")
     test = next((name for name in ("validation", "test") if name in data), None)
     if test is None:
-        data, test = data["train"].train_test_split(test_size=0.25, seed=seed), "test"
+        data, test = data["train"].train_test_split(test_size=0.2, seed=seed), "test"
     data = datasets.DatasetDict(train=data["train"], test=data[test])
     if isinstance(features[args.label_column], datasets.ClassLabel):
         return data, dict(enumerate(features[args.label_column].names))

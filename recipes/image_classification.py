@@ -25,9 +25,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.metrics import accuracy_score
-from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import AutoConfig, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers import AutoModelForImageClassification as AutoModel
 from transformers import ViTImageProcessorPil as SmallProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 asks for torchvision otherwise
 from transformers.utils import is_torchvision_available
 
 import cpq_hf

@@ -55,7 +55,7 @@ class Arguments:
     dataset_config: str | None = field(default=None, metadata={"help": "which of its configurations"})
     text_column: str = field(default="text", metadata={"help": "its column of text"})
     block_size: int = field(default=512, metadata={"help": "tokens in a row of training; 128 for a small model"})
-    float_epochs: float = field(default=0, metadata={"help": "epochs in float first; 2 for a small model"})
+    float_epochs: float = field(default=0, metadata={"help": "epochs in float first; 3 for a small model"})
     overwrite: bool = field(default=False, metadata={"help": "replace the packed model in output_dir"})
 
 
@@ -77,7 +77,7 @@ def parse() -> tuple[Arguments, Quantization, TrainingArguments]:
         prediction_loss_only=True, dataloader_pin_memory=gpu, use_cpu=not gpu, ddp_find_unused_parameters=False,
     )  # fmt: skip
     if parser.parse_known_args()[0].model_name_or_path is None:  # a small model that knows nothing yet
-        parser.set_defaults(float_epochs=2, learning_rate=4e-3, block_size=128)
+        parser.set_defaults(float_epochs=3, num_train_epochs=0.5, learning_rate=4e-3, block_size=128)
     return parser.parse_args_into_dataclasses()
 
 
@@ -125,8 +125,8 @@ def main() -> None:
     push, training.push_to_hub = training.push_to_hub, False  # the packed model only, in the end
     if (output / "packed").exists() and not args.overwrite:
         raise SystemExit(f"{output / 'packed'} holds a packed model; choose another --output_dir, or --overwrite it")
-    if resume is not None:
-        args.model_name_or_path = str(output / "float")  # of the run that was interrupted
+    if resume is not None:  # the float model of the run that was interrupted
+        args.model_name_or_path = str(output / "float")
     set_seed(training.seed)
     datasets.disable_progress_bars()
     data = load_data(args, training.seed)
@@ -148,29 +148,31 @@ def main() -> None:
     parts = {"train_dataset": data["train"], "eval_dataset": data["test"], "processing_class": tokenizer}
     parts["data_collator"] = default_data_collator
 
-    def perplexity(run: Trainer) -> float:
+    def perplexity(model) -> float:
+        run = Trainer(model, training, **parts)
+        run.is_fsdp_enabled = run.is_deepspeed_enabled = False  # they cannot evaluate what they did not train
         return math.exp(run.evaluate()["eval_loss"])
 
     # 1. the float model, trained if asked for
-    run = Trainer(model, replace(training, num_train_epochs=args.float_epochs, save_strategy="no"), **parts)
     if resume is None:
+        run = Trainer(model, replace(training, num_train_epochs=args.float_epochs, save_strategy="no"), **parts)
         if args.float_epochs:
             run.train()
         run.save_model(output / "float")
         run.accelerator.wait_for_everyone()
-    scores = {"float": perplexity(run)}
+    scores = {"float": perplexity(AutoModel.from_pretrained(output / "float"))}
 
     # 2. on the grid, and trained there
     model = AutoModel.from_pretrained(output / "float", quantization_config=config)
     cpq = {"callbacks": [CPQCallback()], "optimizer_cls_and_kwargs": (CPQOptimizer, {"args": training})}
     run = Trainer(model, training, **parts, **cpq)
-    cpq_hf.calibrate_model(run.model, itertools.islice(run.get_train_dataloader(), 4))
-    scores["rounded"] = perplexity(run)
+    cpq_hf.calibrate_model(model.to(training.device), itertools.islice(run.get_train_dataloader(), 4))
+    scores["rounded"] = perplexity(model)
     run.train(resume_from_checkpoint=resume)
     run.save_model(output / "trained")
     run.accelerator.wait_for_everyone()
     model = AutoModel.from_pretrained(output / "trained")  # the same in each process, batch statistics included
-    scores["trained"] = perplexity(Trainer(model, training, **parts))
+    scores["trained"] = perplexity(model)
 
     # 3. packed, saved by one process, loaded again by all
     cpq_hf.pack_model(model)
@@ -180,12 +182,12 @@ def main() -> None:
         tokenizer.save_pretrained(output / "packed")
     run.accelerator.wait_for_everyone()
     model = AutoModel.from_pretrained(output / "packed")
-    scores["reloaded"] = perplexity(Trainer(model, training, **parts))
+    scores["reloaded"] = perplexity(model)
 
     if run.is_world_process_zero():
         report, size = cpq_hf.summarize(model), cpq_hf.verify_checkpoint(output / "packed")["bytes"]
-        print(f"\n{report}\n\n{'model':10}{'perplexity':>12}")
-        print(*(f"{name:10}{score:>12.4f}" for name, score in scores.items()), sep="\n")
+        rows = (f"{name:10}{value:>12.4f}" for name, value in scores.items())
+        print(f"\n{report}\n\n{'model':10}{'perplexity':>12}", *rows, sep="\n")
         print(f"{output / 'packed'}: mean {report.mean_bits:.2f} bits, {size / 1e6:.3f} MB")
         for part in (model, tokenizer) if push else ():
             part.push_to_hub(training.hub_model_id or output.name, private=training.hub_private_repo)

@@ -52,7 +52,7 @@ class Arguments:
     dataset_config: str | None = field(default=None, metadata={"help": "which of its configurations"})
     text_column: str = field(default="text", metadata={"help": "its column of text"})
     block_size: int = field(default=512, metadata={"help": "tokens in a row of training; 128 for a small model"})
-    float_epochs: float = field(default=0, metadata={"help": "epochs in float first; 2 for a small model"})
+    float_epochs: float = field(default=0, metadata={"help": "epochs in float first; 3 for a small model"})
     weight_bits: int = field(default=2, metadata={"help": "bit-width of weights"})
     activation_bits: int | None = field(default=None, metadata={"help": "bit-width of inputs; else left in float"})
     distillation_weight: float = field(default=0.9, metadata={"help": "share of the teacher in the loss"})
@@ -69,7 +69,7 @@ def parse() -> tuple[Arguments, TrainingArguments]:
         prediction_loss_only=True, dataloader_pin_memory=gpu, use_cpu=not gpu, ddp_find_unused_parameters=False,
     )  # fmt: skip
     if parser.parse_known_args()[0].model_name_or_path is None:  # a small model that knows nothing yet
-        parser.set_defaults(float_epochs=2, learning_rate=4e-3, block_size=128)
+        parser.set_defaults(float_epochs=3, num_train_epochs=0.5, learning_rate=4e-3, block_size=128)
     return parser.parse_args_into_dataclasses()
 
 
@@ -141,7 +141,9 @@ def main() -> None:
     parts = {"train_dataset": data["train"], "eval_dataset": data["test"], "processing_class": tokenizer}
     parts["data_collator"] = default_data_collator
 
-    def perplexity(run: Trainer) -> float:
+    def perplexity(model) -> float:
+        run = Trainer(model, training, **parts)
+        run.is_fsdp_enabled = run.is_deepspeed_enabled = False  # they cannot evaluate what they did not train
         return math.exp(run.evaluate()["eval_loss"])
 
     # 1. the float model, trained if asked for
@@ -150,7 +152,7 @@ def main() -> None:
         run.train()
     run.save_model(output / "float")
     run.accelerator.wait_for_everyone()
-    rows = [("float", None, perplexity(run), None)]
+    rows = [("float", None, perplexity(AutoModel.from_pretrained(output / "float")), None)]
     teacher = AutoModel.from_pretrained(args.teacher_name_or_path or output / "float", dtype=torch.float32)
 
     for name in ("alone", "distilled"):
@@ -162,13 +164,13 @@ def main() -> None:
             cpq_hf.distill(model, teacher, weight=args.distillation_weight, temperature=args.temperature)
         cpq = {"callbacks": [CPQCallback()], "optimizer_cls_and_kwargs": (CPQOptimizer, {"args": training})}
         run = Trainer(model, replace(training, output_dir=str(folder)), **parts, **cpq)
-        cpq_hf.calibrate_model(run.model, itertools.islice(run.get_train_dataloader(), 4))
-        rounded = perplexity(run)
+        cpq_hf.calibrate_model(model.to(training.device), itertools.islice(run.get_train_dataloader(), 4))
+        rounded = perplexity(model)
         run.train()
         run.save_model(folder / "trained")
         run.accelerator.wait_for_everyone()
         model = AutoModel.from_pretrained(folder / "trained")
-        trained = perplexity(Trainer(model, training, **parts))
+        trained = perplexity(model)
 
         # 3. packed, saved by one process, loaded again by all
         cpq_hf.pack_model(model)
@@ -178,7 +180,7 @@ def main() -> None:
             tokenizer.save_pretrained(folder / "packed")
         run.accelerator.wait_for_everyone()
         model = AutoModel.from_pretrained(folder / "packed")
-        rows.append((name, rounded, trained, perplexity(Trainer(model, training, **parts))))
+        rows.append((name, rounded, trained, perplexity(model)))
 
     if run.is_world_process_zero():
         report, size = cpq_hf.summarize(model), cpq_hf.verify_checkpoint(folder / "packed")["bytes"]

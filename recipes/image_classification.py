@@ -29,7 +29,6 @@ from transformers import AutoConfig, HfArgumentParser, Trainer, TrainingArgument
 from transformers import AutoModelForImageClassification as AutoModel
 from transformers import ViTImageProcessorPil as SmallProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 asks for torchvision otherwise
-from transformers.utils import is_torchvision_available
 
 import cpq_hf
 from cpq_hf import CPQCallback, CPQConfig, CPQOptimizer
@@ -64,9 +63,7 @@ class Quantization:
     target_bits: float | None = field(default=None, metadata={"help": "their mean, at most; with learn_bits"})
 
 
-class Accuracy(evaluate.Metric):
-    """Share of right answers. Instantiated directly, so that nothing has to be downloaded."""
-
+class Accuracy(evaluate.Metric):  # instantiated directly, so that nothing has to be downloaded
     def _info(self) -> evaluate.MetricInfo:
         features = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
         return evaluate.MetricInfo(description="accuracy", citation="", features=features)
@@ -121,7 +118,7 @@ def load_float(args: Arguments, names: list[str]):
     if source is None:
         return AutoModel.from_config(config), SmallProcessor(size={"height": 32, "width": 32})
     model = AutoModel.from_pretrained(source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True)
-    return model, AutoImageProcessor.from_pretrained(source, backend=None if is_torchvision_available() else "pil")
+    return model, AutoImageProcessor.from_pretrained(source, backend="pil")
 
 
 def main() -> None:
@@ -131,8 +128,7 @@ def main() -> None:
     push, training.push_to_hub = training.push_to_hub, False  # the packed model only, in the end
     if (output / "packed").exists() and not args.overwrite:
         raise SystemExit(f"{output / 'packed'} holds a packed model; choose another --output_dir, or --overwrite it")
-    if resume is not None:
-        args.model_name_or_path = str(output / "float")  # of the run that was interrupted
+    args.model_name_or_path = args.model_name_or_path if resume is None else str(output / "float")
     set_seed(training.seed)
     datasets.disable_progress_bars()
     data, names = load_data(args, training.seed)
@@ -152,26 +148,31 @@ def main() -> None:
     data, tools = data.with_transform(to_inputs), {"processing_class": processor, "compute_metrics": compute_metrics}
     parts = {"train_dataset": data["train"], "eval_dataset": data["test"]} | tools
 
+    def score(model) -> float:
+        run = Trainer(model, training, **parts)
+        run.is_fsdp_enabled = run.is_deepspeed_enabled = False  # they cannot evaluate what they did not train
+        return run.evaluate()["eval_score"]
+
     # 1. the float model, trained if asked for
-    run = Trainer(model, replace(training, num_train_epochs=args.float_epochs, save_strategy="no"), **parts)
     if resume is None:
+        run = Trainer(model, replace(training, num_train_epochs=args.float_epochs, save_strategy="no"), **parts)
         if args.float_epochs:
             run.train()
         run.save_model(output / "float")
         run.accelerator.wait_for_everyone()
-    scores = {"float": run.evaluate()["eval_score"]}
+    scores = {"float": score(AutoModel.from_pretrained(output / "float"))}
 
     # 2. on the grid, and trained there
     model = AutoModel.from_pretrained(output / "float", quantization_config=config)
     cpq = {"callbacks": [CPQCallback()], "optimizer_cls_and_kwargs": (CPQOptimizer, {"args": training})}
     run = Trainer(model, training, **parts, **cpq)
-    cpq_hf.calibrate_model(run.model, itertools.islice(run.get_train_dataloader(), 4))
-    scores["rounded"] = run.evaluate()["eval_score"]
+    cpq_hf.calibrate_model(model.to(training.device), itertools.islice(run.get_train_dataloader(), 4))
+    scores["rounded"] = score(model)
     run.train(resume_from_checkpoint=resume)
     run.save_model(output / "trained")
     run.accelerator.wait_for_everyone()
     model = AutoModel.from_pretrained(output / "trained")  # the same in each process, batch statistics included
-    scores["trained"] = Trainer(model, training, **parts).evaluate()["eval_score"]
+    scores["trained"] = score(model)
 
     # 3. packed, saved by one process, loaded again by all
     cpq_hf.pack_model(model)
@@ -181,12 +182,12 @@ def main() -> None:
         processor.save_pretrained(output / "packed")
     run.accelerator.wait_for_everyone()
     model = AutoModel.from_pretrained(output / "packed")
-    scores["reloaded"] = Trainer(model, training, **parts).evaluate()["eval_score"]
+    scores["reloaded"] = score(model)
 
     if run.is_world_process_zero():
         report, size = cpq_hf.summarize(model), cpq_hf.verify_checkpoint(output / "packed")["bytes"]
-        print(f"\n{report}\n\n{'model':10}{args.metric or 'accuracy':>12}")
-        print(*(f"{name:10}{score:>12.4f}" for name, score in scores.items()), sep="\n")
+        rows = (f"{name:10}{value:>12.4f}" for name, value in scores.items())
+        print(f"\n{report}\n\n{'model':10}{args.metric or 'accuracy':>12}", *rows, sep="\n")
         print(f"{output / 'packed'}: mean {report.mean_bits:.2f} bits, {size / 1e6:.3f} MB")
         for part in (model, processor) if push else ():
             part.push_to_hub(training.hub_model_id or output.name, private=training.hub_private_repo)

@@ -1,18 +1,43 @@
-"""Recipes as a user runs them: as programs, for two steps."""
+"""Recipes as a user runs them: as programs, for a few steps."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
-ROOT = Path(__file__).parents[1]
+import numpy as np
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from PIL import Image
+from sklearn.datasets import load_digits
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+)
+
+import cpq_hf
+from cpq_hf import CPQConfig, CPQError
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+DIRECT: tuple[str, ...] = ()
+ACCELERATE = ("-m", "accelerate.commands.launch", "--config_file", str(RECIPES / "accelerate" / "cpu.yaml"))
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+TRAINER_RECIPES = ("image_classification", "text_classification", "causal_lm", "distill")
 
 
-def run(script: str, *arguments: str, cwd: Path) -> str:
+def run(script: str, *arguments: str, cwd: Path, launcher: tuple[str, ...] = DIRECT) -> str:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / script), *arguments],
+        [sys.executable, *launcher, str(RECIPES / script), *arguments],
         cwd=cwd,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -23,6 +48,49 @@ def run(script: str, *arguments: str, cwd: Path) -> str:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Warning" not in done.stderr, done.stderr
     return done.stdout
+
+
+def scores(printed: str) -> dict[str, str]:
+    """The table at the end: it is there once, and the packed model does as well as the trained one."""
+    rows = [line.split() for line in printed.splitlines()]
+    table = {row[0]: row[-1] for row in rows if row and row[0] in ("float", "rounded", "trained", "reloaded")}
+    assert sum(row[:1] == ["reloaded"] for row in rows) == 1
+    assert table["trained"] == table["reloaded"]
+    return table
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    return (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Digits in the layout of an image folder of the Hub: a subfolder for each class, only a part to train."""
+    images, labels = load_digits(return_X_y=True)
+    for number, (image, label) in enumerate(zip(images[:200], labels, strict=False)):
+        folder = tmp_path / "pictures" / "train" / f"digit-{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image.reshape(8, 8) * 15).astype(np.uint8)).save(folder / f"{number}.png")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def text_folder(tmp_path: Path) -> Path:
+    """Reviews as a data set of two files of JSON lines."""
+    folder = tmp_path / "reviews"
+    folder.mkdir()
+    for part, count in (("train", 40), ("test", 20)):
+        rows = [{"review": f"{'good' if i % 2 else 'bad'} number {i} " * 8, "stars": i % 2} for i in range(count)]
+        (folder / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
 
 
 def test_quickstart(tmp_path):
@@ -41,3 +109,198 @@ def test_step_time_benchmark(tmp_path):
     printed = run("benchmarks/step_time.py", "--rounds", "2", "--warmup", "1", "--memory", "false", cwd=tmp_path)
     assert printed.count("CPQ + DropBits") == 2
     assert printed.count("of LSQ") == 3
+
+
+def test_image_classification_stopped_and_resumed(tmp_path):
+    steps = ("--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2", "--learn_bits", "--target_bits", "3")
+    printed = run("image_classification.py", *steps, cwd=tmp_path)
+    scores(printed)
+    output = tmp_path / "runs/image_classification"
+    packed = (output / "packed").rename(tmp_path / "uninterrupted")
+    run("image_classification.py", *steps, "--resume_from_checkpoint", str(output / "checkpoint-2"), cwd=tmp_path)
+    assert same_weights(output / "packed", packed)
+    assert cpq_hf.verify_checkpoint(packed)["layers"] == 9
+    assert {"config.json", "preprocessor_config.json"} <= {file.name for file in packed.iterdir()}
+    assert "mean 2." in printed or "mean 3.00" in printed
+
+
+def test_image_classification_with_model_and_data_of_folders(tmp_path, image_folder):
+    recipe = load("image_classification")
+    names = [f"digit-{label}" for label in reversed(range(10))]  # another order than that of the data
+    model, processor = recipe.load_float(recipe.Arguments(architecture="vit"), names)
+    model.save_pretrained(tmp_path / "vit")
+    processor.save_pretrained(tmp_path / "vit")
+    arguments = ("--model_name_or_path", "vit", "--dataset_name", str(image_folder), "--max_steps", "2")
+    printed = run("image_classification.py", *arguments, cwd=tmp_path, launcher=ACCELERATE)
+    scores(printed)
+    config = json.loads((tmp_path / "runs/image_classification/packed/config.json").read_text())
+    assert config["label2id"]["digit-9"] == 0
+
+
+def test_image_classification_in_two_processes(tmp_path):
+    printed = run("image_classification.py", "--max_steps", "2", cwd=tmp_path, launcher=TWO_PROCESSES)
+    scores(printed)
+
+
+@pytest.mark.parametrize("architecture", ["resnet", "vit", "mobilenet_v2", "convnext"])
+def test_small_images_models_quantize(architecture):
+    recipe = load("image_classification")
+    model, processor = recipe.load_float(recipe.Arguments(architecture=architecture), [str(i) for i in range(10)])
+    inputs = processor([Image.new("RGB", (8, 8))] * 2, return_tensors="pt")
+    assert inputs["pixel_values"].shape == (2, 3, 32, 32)
+    cpq_hf.prepare_model(model, CPQConfig(activation_bits=4))
+    assert model.train()(**inputs, labels=torch.tensor([0, 1])).loss.isfinite()
+    cpq_hf.pack_model(model)
+
+
+def test_text_classification(tmp_path):
+    printed = run("text_classification.py", "--max_steps", "2", "--activation_bits", "8", cwd=tmp_path)
+    scores(printed)
+
+
+def test_text_classification_with_model_and_data_of_folders(tmp_path, text_folder):
+    texts = [json.loads(line)["review"] for line in (text_folder / "train.jsonl").read_text().splitlines()]
+    tokenizer = BertTokenizer().train_new_from_iterator(texts, 200, show_progress=False)
+    tokenizer.save_pretrained(tmp_path / "bert")
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), num_labels=5, **shape))
+    model.save_pretrained(tmp_path / "bert")
+    names = ("--model_name_or_path", "bert", "--dataset_name", str(text_folder))
+    columns = ("--text_column", "review", "review", "--label_column", "stars")
+    steps = ("--max_steps", "2", "--output_dir", "out")
+    printed = run("text_classification.py", *names, *columns, *steps, cwd=tmp_path, launcher=ACCELERATE)
+    scores(printed)
+    config = json.loads((tmp_path / "out/packed/config.json").read_text())
+    assert config["label2id"] == {"0": 0, "1": 1}  # the five classes of the model have given way to those of the data
+
+
+def test_causal_lm(tmp_path):
+    printed = run("causal_lm.py", "--max_steps", "2", "--block_size", "64", cwd=tmp_path)
+    assert float(scores(printed)["float"]) > 1
+
+
+def test_causal_lm_with_model_and_data_of_folders(tmp_path, text_folder):
+    texts = [json.loads(line)["review"] for line in (text_folder / "train.jsonl").read_text().splitlines()]
+    tokenizer = GPT2Tokenizer().train_new_from_iterator(texts, 300, show_progress=False)
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=32))
+    model.save_pretrained(tmp_path / "gpt2")
+    names = ("--model_name_or_path", "gpt2", "--dataset_name", str(text_folder), "--text_column", "review")
+    steps = ("--max_steps", "2", "--block_size", "32", "--granularity", "tensor")
+    printed = run("causal_lm.py", *names, *steps, cwd=tmp_path, launcher=ACCELERATE)
+    scores(printed)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_small_language_models_quantize(architecture):
+    recipe = load("causal_lm")
+    model, tokenizer = recipe.load_float(recipe.Arguments(architecture=architecture), ["import os, sys"] * 20)
+    ids = torch.tensor([tokenizer("import os, sys")["input_ids"]])
+    cpq_hf.prepare_model(model, CPQConfig())
+    assert model.train()(input_ids=ids, labels=ids).loss.isfinite()
+
+
+def test_distill(tmp_path):
+    arguments = ("--max_steps", "2", "--block_size", "64")
+    printed = run("distill.py", *arguments, cwd=tmp_path, launcher=ACCELERATE)
+    table = {
+        row[0]: row[1:] for row in map(str.split, printed.splitlines()) if row and row[0] in ("alone", "distilled")
+    }
+    assert table["alone"][0] == table["distilled"][0]  # one start
+    assert table["alone"][1] != table["distilled"][1]
+    assert all(trained == reloaded for _, trained, reloaded in table.values())
+
+
+def test_accelerate_loop_stopped_and_resumed(tmp_path):
+    steps = ("--max_steps", "4", "--save_steps", "2", "--activation_bits", "4", "--learn_bits", "--target_bits", "3")
+    printed = run("accelerate_loop.py", *steps, cwd=tmp_path)
+    scores(printed)
+    output = tmp_path / "runs/accelerate_loop"
+    packed = (output / "packed").rename(tmp_path / "uninterrupted")
+    resume = ("--resume_from_checkpoint", str(output / "checkpoint-2"))
+    run("accelerate_loop.py", *steps, *resume, cwd=tmp_path, launcher=ACCELERATE)
+    assert same_weights(output / "packed", packed)
+
+
+def test_accelerate_loop_in_two_processes(tmp_path):
+    printed = run("accelerate_loop.py", "--max_steps", "2", cwd=tmp_path, launcher=TWO_PROCESSES)
+    scores(printed)
+
+
+@pytest.mark.parametrize("file", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
+def test_accelerate_reads_the_launch_files(file):
+    config = load_config_from_file(str(file))
+    assert config.num_processes == (1 if file.stem in ("cpu", "one_gpu") else 2)
+    assert config.use_cpu == (file.stem == "cpu")
+
+
+# --- what a user can get wrong ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_column": "digit"}, r"no column 'digit'; set --label_column to one of: image, label$"),
+        ({"image_column": "picture"}, r"no column 'picture'; set --image_column to one of: image, label$"),
+        ({"image_column": "label"}, r"column 'label' holds no images; set --image_column"),
+    ],
+)
+def test_columns_of_images(options, message):
+    recipe = load("image_classification")
+    with pytest.raises(SystemExit, match=message):
+        recipe.load_data(recipe.Arguments(**options), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "message"),
+    [
+        (
+            "text_classification",
+            {"label_column": "label"},
+            r"no column 'label'; set --label_column to one of: review, st",
+        ),
+        ("text_classification", {"text_column": ["stars"], "label_column": "stars"}, r"column 'stars' holds no text"),
+        ("causal_lm", {"text_column": "text"}, r"no column 'text'; set --text_column to: review, stars"),
+        ("causal_lm", {"text_column": "stars"}, r"column 'stars' holds no text"),
+        ("distill", {"text_column": "text"}, r"no column 'text'; set --text_column to: review, stars"),
+    ],
+)
+def test_columns_of_text(recipe, options, message, text_folder):
+    recipe = load(recipe)
+    with pytest.raises(SystemExit, match=message):
+        recipe.load_data(recipe.Arguments(dataset_name=str(text_folder), **options), seed=0)
+
+
+@pytest.mark.parametrize("name", [*TRAINER_RECIPES, "accelerate_loop"])
+def test_a_packed_model_is_not_overwritten(name, tmp_path, monkeypatch):
+    (tmp_path / ("distilled/packed" if name == "distill" else "packed")).mkdir(parents=True)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match="holds a packed model; choose another --output_dir, or --overwrite"):
+        load(name).main()
+
+
+@pytest.mark.parametrize("name", [*TRAINER_RECIPES, "accelerate_loop"])
+def test_a_setting_out_of_range_fails_at_once(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--output_dir", str(tmp_path / "new"), "--weight_bits", "9"])
+    with pytest.raises(CPQError, match="`weight_bits`"):
+        load(name).main()
+    assert not (tmp_path / "new").exists()
+
+
+def test_distill_does_not_resume(tmp_path, monkeypatch):
+    arguments = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["distill.py", *arguments])
+    with pytest.raises(SystemExit, match="cannot resume"):
+        load("distill").main()
+
+
+def test_too_little_text(tmp_path, text_folder, monkeypatch):
+    names = ["--dataset_name", str(text_folder), "--text_column", "review", "--block_size", "100000"]
+    monkeypatch.setattr(sys, "argv", ["causal_lm.py", "--output_dir", str(tmp_path), *names])
+    with pytest.raises(SystemExit, match="too little text for one row of 100000 tokens"):
+        load("causal_lm").main()
+
+
+@pytest.mark.parametrize("name", [*TRAINER_RECIPES, "accelerate_loop"])
+def test_recipes_are_short(name):
+    assert len((RECIPES / f"{name}.py").read_text().splitlines()) <= 200

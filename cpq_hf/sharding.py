@@ -24,6 +24,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lies in this process."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
 @torch.no_grad()
 def assign_whole(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
     """Copy whole tensors, the same on every process, into parameters."""

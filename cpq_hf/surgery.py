@@ -29,7 +29,7 @@ from .nn import (
 from .plan import QuantizationPlan
 from .quantizer import ActivationQuantizer, Quantizer
 from .selection import Candidate, candidates, select
-from .sharding import is_sharded
+from .sharding import is_sharded, local
 from .spec import LayerSpec
 
 M = TypeVar("M", bound=nn.Module)
@@ -66,10 +66,11 @@ def quantized_parameter_names(model: nn.Module) -> set[str]:
 
 def plan_of(model: nn.Module) -> QuantizationPlan:
     """The plan a model was prepared with; `CPQError` if it was not."""
-    return _prepared_module(model).cpq_plan
+    return prepared_module(model).cpq_plan
 
 
-def _prepared_module(model: nn.Module) -> Any:
+def prepared_module(model: nn.Module) -> Any:
+    """The module that was prepared, inside of whatever wraps it; `CPQError` if there is none."""
     for module in model.modules():  # a wrapper (DDP, a compiled module) comes first and does not carry the plan
         if "cpq_plan" in vars(module):
             return module
@@ -135,6 +136,19 @@ def check_finite(name: str, weight: Tensor) -> None:
         raise CPQError(f"the weight of `{name}` is offloaded or on the meta device; load it to a real device first")
     if not bool(torch.isfinite(weight).all()):
         raise CPQError(f"the weight of `{name}` holds NaN or infinite values; it cannot be quantized")
+
+
+@torch.no_grad()
+def first_not_finite(model: nn.Module) -> str | None:
+    """Name of the first trained parameter that holds NaN or infinite values; of a sharded model, in this process."""
+    trained = {name: local(p.detach()) for name, p in model.named_parameters() if p.requires_grad and p.numel()}
+    tensors = {name: tensor for name, tensor in trained.items() if tensor.numel()}
+    largest = torch._foreach_norm(list(tensors.values()), ord=torch.inf)
+    if not largest or bool(
+        torch.isfinite(torch.stack([norm.float().to(largest[0].device) for norm in largest])).all()
+    ):
+        return None
+    return next(name for name, norm in zip(tensors, largest, strict=True) if not bool(torch.isfinite(norm)))
 
 
 def _fitting_candidates(model: nn.Module, layers: Mapping[str, LayerSpec]) -> dict[str, Candidate]:
@@ -221,12 +235,17 @@ def calibrate_model(model: M, batches: Iterable[Mapping[str, Any] | Tensor]) -> 
     return model
 
 
+def is_calibrated(model: nn.Module) -> bool:
+    """Whether every quantizer of an activation knows its range."""
+    return all(item.calibrated for _, item in quantizers(model) if isinstance(item, ActivationQuantizer))
+
+
 # --- pack ------------------------------------------------------------------------------------------------------------
 
 
 def pack(model: nn.Module) -> dict[str, LayerSpec]:
     """Replace every layer that trains by its packed form, in place. Nothing is changed if it raises."""
-    prepared = _prepared_module(model)
+    prepared = prepared_module(model)
     layers = dict(training_layers(model))
     if any(is_sharded(parameter) for parameter in model.parameters()):
         raise CPQError(

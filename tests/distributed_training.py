@@ -5,7 +5,9 @@ distributed_training.py OUTPUT --launcher {one,ddp,fsdp2} [--resume CHECKPOINT] 
 
 import argparse
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -15,7 +17,8 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from models import build, inputs
 from safetensors.torch import save_file
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from cpq_hf import CPQCallback, CPQConfig, CPQOptimizer, calibrate_model, prepare_model
 
@@ -28,6 +31,16 @@ def pretend_gpus(training: TrainingArguments) -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
+class KilledAfter(TrainerCallback):
+    """Ends the process so many seconds after training has begun, as a power cut would."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_begin(self, *_, **__) -> None:
+        threading.Timer(self.seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path)
@@ -37,6 +50,9 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--resume")
     parser.add_argument("--learn", action="store_true")
+    parser.add_argument("--save_steps", type=int, default=2)
+    parser.add_argument("--resume_last", action="store_true")
+    parser.add_argument("--kill_after", type=float)
     parser.add_argument("--fail_on_rank", type=int)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -62,7 +78,7 @@ def main() -> None:
         learning_rate=1e-2,
         weight_decay=0.1,
         logging_steps=1,
-        save_steps=2,
+        save_steps=args.save_steps,
         report_to="none",
         use_cpu=True,
         dataloader_pin_memory=False,
@@ -87,7 +103,10 @@ def main() -> None:
     )
     if args.fail_on_rank is not None and training.process_index == args.fail_on_rank:
         model.register_forward_hook(lambda *_: 1 / 0)
-    trainer.train(resume_from_checkpoint=args.resume)
+    if args.kill_after is not None:
+        trainer.add_callback(KilledAfter(args.kill_after))
+    last = get_last_checkpoint(training.output_dir) if args.resume_last else None
+    trainer.train(resume_from_checkpoint=args.resume or last)
     tensors = trainer.accelerator.get_state_dict(trainer.model)
     if trainer.is_world_process_zero():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

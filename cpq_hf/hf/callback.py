@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -12,9 +13,11 @@ from transformers.trainer_callback import ExportableState
 from .. import surgery
 from ..controller import CPQController
 from ..errors import CPQError
+from ..sharding import is_sharded
 from ..summary import summarize
 from .config import CPQConfig
 from .model import pack_model, prepare_model
+from .recovery import check_not_diverged, set_incomplete_checkpoints_aside
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +28,8 @@ class CPQCallback(TrainerCallback, ExportableState):
     Logged with the Trainer's own metrics: `cpq/noise` (in grid steps), `cpq/drop_rate`, `cpq/mean_bits` and
     `cpq/cluster_distance` (in grid steps; 0.25 means evenly spread); with learned bit-lengths `cpq/expected_bits` and
     the multiplier of the budget, `cpq/multiplier`, too (with `activation_` before for those of activations).
-    Lengths that are not decided when training ends are decided then.
+    Lengths that are not decided when training ends are decided then. Checkpoints whose saving was cut off are set
+    aside when the Trainer is made, so that it resumes from the last whole one; a model with NaN is not saved.
 
     Args:
         config (`CPQConfig`, *optional*): Given, it prepares the Trainer's float model when the Trainer is made. Leave
@@ -35,7 +39,8 @@ class CPQCallback(TrainerCallback, ExportableState):
 
     Raises:
         CPQError: From the Trainer's constructor or the start of training: a model that is not prepared, or is packed,
-            or spread over several GPUs by `DataParallel`.
+            or spread over several GPUs by `DataParallel`. Before a log entry or a checkpoint: a parameter that has
+            become NaN or infinite.
 
     Example:
 
@@ -48,11 +53,13 @@ class CPQCallback(TrainerCallback, ExportableState):
         self.config = config
         self.pack = pack
         self.controller: CPQController | None = None
+        self._waits_for_calibration = False
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         _refuse_data_parallel(args)
+        set_incomplete_checkpoints_aside(str(args.output_dir))
         if self.config is not None:
             prepare_model(kwargs["model"], self.config)
 
@@ -62,12 +69,25 @@ class CPQCallback(TrainerCallback, ExportableState):
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         _refuse_data_parallel(args)
         self._detach()
+        _refuse_to_pack_shards(self.pack, model)
         _warn_about_decay(model, optimizer)
         self.controller = CPQController(model, optimizer, state.max_steps)
         if state.global_step > 0:  # resumed; without a saved state (another callback's run), steps are all we know
             callbacks: Any = state.stateful_callbacks or {}
             saved = callbacks.get(type(self).__name__, {}).get("attributes", {}).get("controller_state")
             self.controller.load_state_dict(saved or {"step": state.global_step})
+        if args.torch_compile and not surgery.is_calibrated(model):
+            torch.compiler.set_stance("force_eager")  # the first step calibrates, which cannot be compiled
+            self._waits_for_calibration = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._waits_for_calibration:
+            torch.compiler.set_stance("default")
+            self._waits_for_calibration = False
+        if control.should_log or control.should_save:
+            check_not_diverged(kwargs["model"], state)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs: dict[str, float] = kwargs["logs"]
@@ -110,6 +130,14 @@ def _refuse_data_parallel(args: TrainingArguments) -> None:
             f"the Trainer would spread the model over {args.n_gpu} GPUs with DataParallel, which copies layers "
             "without their quantizers. Launch one process per GPU with "
             f"`torchrun --nproc_per_node {args.n_gpu} ...`, or make one GPU visible with CUDA_VISIBLE_DEVICES"
+        )
+
+
+def _refuse_to_pack_shards(pack: bool, model: nn.Module) -> None:
+    if pack and any(is_sharded(parameter) for parameter in model.parameters()):
+        raise CPQError(
+            "`CPQCallback(pack=True)` cannot pack a model that FSDP spreads over processes: leave `pack` out, save it "
+            "with `trainer.save_model(folder)`, then load the folder in one process and call `cpq_hf.pack_model`"
         )
 
 

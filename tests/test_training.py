@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from datasets import Dataset
@@ -32,6 +34,13 @@ def train(folder, name: str = "llama", config: dict | None = None, calibrated: b
     return losses, {key: value.detach().clone() for key, value in trainer.model.named_parameters()}
 
 
+def recomputing(reentrant: bool) -> dict:
+    """Training arguments, whose names have changed between versions of transformers."""
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": reentrant}}
+
+
 def assert_equal(got, wanted):
     assert got[0] == wanted[0]
     for key, value in wanted[1].items():
@@ -48,27 +57,25 @@ def assert_close(got, wanted, tolerance: float):
 @pytest.mark.parametrize("config", [{}, {"dropbits": 0.3}, {"weight_bits": 5, "learn_bits": True, "target_bits": 3.0}])
 def test_gradient_checkpointing_changes_nothing(config, reentrant, tmp_path):
     """The masks of DropBits are drawn again as they were."""
-    recomputed = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    recomputed = recomputing(reentrant)
     plain = train(tmp_path, config=config, calibrated=True)
     assert_equal(train(tmp_path, config=config, calibrated=True, **recomputed), plain)
 
 
 def test_calibration_under_gradient_checkpointing(tmp_path):
     """The first batch calibrates; the recomputation must see the grid that it made, or say so."""
-    recomputed = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    assert_equal(train(tmp_path, **recomputed), train(tmp_path))
+    assert_equal(train(tmp_path, **recomputing(False)), train(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["llama", "resnet"])
-def test_accumulation_changes_nothing(name, tmp_path):
-    if name == "resnet":
-        pytest.skip("batch normalisation sees other batches")
+def test_accumulation_changes_nothing(tmp_path):
     plain = train(tmp_path, calibrated=True)
     assert_close(
         train(tmp_path, calibrated=True, per_device_train_batch_size=1, gradient_accumulation_steps=4), plain, 1e-4
     )
 
 
+# torch's own tracer makes an instance of an autograd function, of which torch then warns
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", ["llama", "mixtral", "resnet"])
 def test_compiling_changes_nothing_and_breaks_no_graph(name, tmp_path):
     """The first step calibrates uncompiled; what is compiled after it is one graph."""
@@ -77,7 +84,6 @@ def test_compiling_changes_nothing_and_breaks_no_graph(name, tmp_path):
     compiled = train(tmp_path, name, torch_compile=True, torch_compile_backend="aot_eager")
     assert counters["stats"]["unique_graphs"] > 0
     assert not counters["graph_break"]
-    assert torch.compiler._stance.stance == "default" if hasattr(torch.compiler, "_stance") else True
     assert_close(compiled, train(tmp_path, name), 1e-4)
 
 

@@ -49,10 +49,14 @@ def assert_close(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) 
         assert torch.allclose(got[name], value, rtol=1e-4, atol=2e-4), name
 
 
+@pytest.mark.shows("every rank has the same activation grid", "torchrun")
 def test_every_rank_ends_up_with_the_same_activation_grid():
     torchrun("distributed_calibration.py")
 
 
+@pytest.mark.shows(
+    "two processes train as one to 2e-4, learned lengths included; resumed, the same bits", "torchrun, Trainer"
+)
 @pytest.mark.parametrize("launcher", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one_and_resume_exactly(launcher, tmp_path):
     """The same parameters on the same global batch, learned lengths and their decision included."""
@@ -76,6 +80,7 @@ def test_two_processes_train_as_one_and_resume_exactly(launcher, tmp_path):
     assert torch.equal(logits(auto_class("llama").from_pretrained(tmp_path / "packed"), batch), trained)
 
 
+@pytest.mark.shows("FSDP2 trains as one process: tied embeddings, fused experts", "torchrun, Trainer")
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["llama-tied", "mixtral"])
 def test_fsdp2_with_shared_and_stacked_weights(model, tmp_path):
@@ -83,12 +88,14 @@ def test_fsdp2_with_shared_and_stacked_weights(model, tmp_path):
     assert_close(train(tmp_path / "together", "fsdp2", "--model", model), alone)
 
 
+@pytest.mark.shows("accumulation in two processes", "torchrun, Trainer")
 @pytest.mark.parametrize("launcher", ["ddp", "fsdp2"])
 def test_accumulation_in_two_processes(launcher, tmp_path):
     plain = train(tmp_path / "plain", "ddp")
     assert_close(train(tmp_path / "accumulated", launcher, "--accumulation", "2"), plain)
 
 
+@pytest.mark.shows("an error on one rank ends all", "torchrun, Trainer")
 def test_an_error_on_one_rank_ends_all(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = run([*launch, str(HERE / "distributed_training.py"), str(tmp_path), "--launcher", "ddp",
@@ -97,5 +104,6 @@ def test_an_error_on_one_rank_ends_all(tmp_path):
     assert "ZeroDivisionError" in done.stderr
 
 
+@pytest.mark.shows("a sharded model is summarized as a whole, and not packed in place", "torchrun")
 def test_a_model_that_is_spread_over_processes_is_not_packed_in_place():
     torchrun("distributed_sharded.py")

@@ -66,6 +66,9 @@ def reload(cls, path: Path, **kwargs):
     return cls.from_pretrained(path, **kwargs)
 
 
+@pytest.mark.shows(
+    "from_pretrained, two steps in which every parameter moves, saved, packed, reloaded: the same bits", "a loop"
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_float_to_training_to_packed(name, tmp_path, records):
     build(name).save_pretrained(tmp_path / "float")
@@ -126,6 +129,7 @@ def test_a_fresh_process_needs_only_the_import(tmp_path):
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=120)
 
 
+@pytest.mark.shows("dtype and device_map: loaded, trained a step, packed, reloaded: the same bits", "a loop")
 @pytest.mark.parametrize("name", ["bert", "llama", "llama-tied", "resnet"])
 @pytest.mark.parametrize("device_map", ["cpu", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -263,6 +267,7 @@ def test_keys_that_a_model_does_not_save(tmp_path):
     assert verify_checkpoint(tmp_path)["tensors"] == len(model.state_dict()) - 1
 
 
+@pytest.mark.shows("tied embeddings share one quantizer: trained, saved, packed, reloaded", "a loop")
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "bert-mlm", "t5"])
 def test_tied_embeddings_share_one_quantizer(name, tmp_path, records):
     build(name).save_pretrained(tmp_path / "float")

@@ -106,6 +106,7 @@ class Run:
         return frozen_share(layers, self.optimizer).item()
 
 
+@pytest.mark.shows("frozen weights survive a resume, to the bit", "a loop")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_resume_is_exact(dtype):
     straight = Run(dtype)

@@ -111,6 +111,7 @@ def test_step_time_benchmark(tmp_path):
     assert printed.count("of LSQ") == 3
 
 
+@pytest.mark.shows("image recipe, stopped and resumed: the same packed file", "the program")
 def test_image_classification_stopped_and_resumed(tmp_path):
     steps = ("--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2", "--learn_bits", "--target_bits", "3")
     printed = run("image_classification.py", *steps, cwd=tmp_path)
@@ -137,6 +138,7 @@ def test_image_classification_with_model_and_data_of_folders(tmp_path, image_fol
     assert config["label2id"]["digit-9"] == 0
 
 
+@pytest.mark.shows("image recipe", "torchrun, two processes")
 def test_image_classification_in_two_processes(tmp_path):
     printed = run("image_classification.py", "--max_steps", "2", cwd=tmp_path, launcher=TWO_PROCESSES)
     scores(printed)
@@ -153,6 +155,7 @@ def test_small_images_models_quantize(architecture):
     cpq_hf.pack_model(model)
 
 
+@pytest.mark.shows("text recipe", "the program")
 def test_text_classification(tmp_path):
     printed = run("text_classification.py", "--max_steps", "2", "--activation_bits", "8", cwd=tmp_path)
     scores(printed)
@@ -174,6 +177,7 @@ def test_text_classification_with_model_and_data_of_folders(tmp_path, text_folde
     assert config["label2id"] == {"0": 0, "1": 1}  # the five classes of the model have given way to those of the data
 
 
+@pytest.mark.shows("language model recipe", "the program")
 def test_causal_lm(tmp_path):
     printed = run("causal_lm.py", "--max_steps", "2", "--block_size", "64", cwd=tmp_path)
     assert float(scores(printed)["float"]) > 1
@@ -200,6 +204,7 @@ def test_small_language_models_quantize(architecture):
     assert model.train()(input_ids=ids, labels=ids).loss.isfinite()
 
 
+@pytest.mark.shows("distillation recipe", "accelerate launch")
 def test_distill(tmp_path):
     arguments = ("--max_steps", "2", "--block_size", "64")
     printed = run("distill.py", *arguments, cwd=tmp_path, launcher=ACCELERATE)
@@ -211,6 +216,7 @@ def test_distill(tmp_path):
     assert all(trained == reloaded for _, trained, reloaded in table.values())
 
 
+@pytest.mark.shows("loop recipe, stopped and resumed: the same packed file", "accelerate launch")
 def test_accelerate_loop_stopped_and_resumed(tmp_path):
     steps = ("--max_steps", "4", "--save_steps", "2", "--activation_bits", "4", "--learn_bits", "--target_bits", "3")
     printed = run("accelerate_loop.py", *steps, cwd=tmp_path)
@@ -222,6 +228,7 @@ def test_accelerate_loop_stopped_and_resumed(tmp_path):
     assert same_weights(output / "packed", packed)
 
 
+@pytest.mark.shows("loop recipe", "torchrun, two processes")
 def test_accelerate_loop_in_two_processes(tmp_path):
     printed = run("accelerate_loop.py", "--max_steps", "2", cwd=tmp_path, launcher=TWO_PROCESSES)
     scores(printed)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from models import build, inputs, logits
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from cpq_hf import (
     CPQCallback,
@@ -138,6 +138,7 @@ def run(folder, resume=None, **fields):
     return trainer
 
 
+@pytest.mark.shows("resumed with accumulation: the same bits", "Trainer")
 @pytest.mark.parametrize("restore_callbacks", [False, True])
 @pytest.mark.parametrize("stop", [2, 4])
 def test_resume_is_bit_identical(stop, restore_callbacks, tmp_path):
@@ -161,6 +162,7 @@ def test_the_callback_counts_the_steps_that_were_taken(tmp_path):
     assert saved == {"step": 2, "total_steps": 2}
 
 
+@pytest.mark.shows("load_best_model_at_end, then packed", "Trainer")
 def test_best_model_is_loaded_and_packed(tmp_path):
     model = prepare_model(build("resnet"), CPQConfig(**CONFIG))
     args = arguments(
@@ -316,6 +318,7 @@ def test_controller_refuses_a_packed_model():
         CPQController(model, torch.optim.SGD(model.parameters(), lr=0.1), 3)
 
 
+@pytest.mark.shows("schedule under accumulation", "accelerate loop")
 def test_accelerate_loop(tmp_path):
     from accelerate import Accelerator
 
@@ -333,3 +336,17 @@ def test_accelerate_loop(tmp_path):
             optimizer.zero_grad()
     assert controller.step == 3
     assert controller.noise == pytest.approx(0.1)
+
+
+def test_learned_lengths_under_deepspeed_are_refused(tmp_path):
+    model = prepare_model(build("resnet"), CPQConfig(learn_bits=True, target_bits=3.0))
+    args = arguments(tmp_path)
+    args.deepspeed = "zero3.json"
+    state = TrainerState(max_steps=400)
+    optimizer = torch.optim.AdamW(model.parameters())
+    callback = CPQCallback()
+    with pytest.raises(CPQError, match="DeepSpeed takes its step on flat partitions"):
+        callback.on_train_begin(args, state, None, model=model, optimizer=optimizer)
+    assert callback.controller is None
+    plain = prepare_model(build("resnet"), CPQConfig())
+    callback.on_train_begin(args, state, None, model=plain, optimizer=torch.optim.AdamW(plain.parameters()))

@@ -53,6 +53,7 @@ def assert_close(got, wanted, tolerance: float):
         assert torch.allclose(got[1][key], value, atol=tolerance, rtol=0), key
 
 
+@pytest.mark.shows("gradient checkpointing (reentrant or not) changes no bit", "Trainer")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("config", [{}, {"dropbits": 0.3}, {"weight_bits": 5, "learn_bits": True, "target_bits": 3.0}])
 def test_gradient_checkpointing_changes_nothing(config, reentrant, tmp_path):
@@ -62,11 +63,13 @@ def test_gradient_checkpointing_changes_nothing(config, reentrant, tmp_path):
     assert_equal(train(tmp_path, config=config, calibrated=True, **recomputed), plain)
 
 
+@pytest.mark.shows("calibration in the first step, under gradient checkpointing, changes no bit", "Trainer")
 def test_calibration_under_gradient_checkpointing(tmp_path):
     """The first batch calibrates; the recomputation must see the grid that it made, or say so."""
     assert_equal(train(tmp_path, **recomputing(False)), train(tmp_path))
 
 
+@pytest.mark.shows("accumulated gradients give the same weights, to 1e-4", "Trainer")
 def test_accumulation_changes_nothing(tmp_path):
     plain = train(tmp_path, calibrated=True)
     assert_close(
@@ -75,6 +78,7 @@ def test_accumulation_changes_nothing(tmp_path):
 
 
 # torch's own tracer makes an instance of an autograd function, of which torch then warns
+@pytest.mark.shows("torch.compile: one graph, the same weights to 1e-4", "Trainer")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", ["llama", "mixtral", "resnet"])
 def test_compiling_changes_nothing_and_breaks_no_graph(name, tmp_path):
@@ -87,6 +91,7 @@ def test_compiling_changes_nothing_and_breaks_no_graph(name, tmp_path):
     assert_close(compiled, train(tmp_path, name), 1e-4)
 
 
+@pytest.mark.shows("precision: losses fall, every parameter moves, quantizers stay float32", "a loop")
 @pytest.mark.parametrize("name", ["llama", "mixtral", "resnet", "t5"])
 @pytest.mark.parametrize("precision", ["bf16 autocast", "bf16 model", "fp16 autocast, scaled"])
 def test_precisions(name, precision):

@@ -72,6 +72,12 @@ class CPQCallback(TrainerCallback, ExportableState):
         _refuse_to_pack_shards(self.pack, model)
         _warn_about_decay(model, optimizer)
         self.controller = CPQController(model, optimizer, state.max_steps)
+        if self.controller.learning and getattr(args, "deepspeed", None):
+            self._detach()
+            raise CPQError(
+                "DeepSpeed takes its step on flat partitions of the gradients, where learned bit-lengths cannot get "
+                "theirs: train with FSDP (recipes/accelerate/fsdp2.yaml), or with `learn_bits=False`"
+            )
         if state.global_step > 0:  # resumed; without a saved state (another callback's run), steps are all we know
             callbacks: Any = state.stateful_callbacks or {}
             saved = callbacks.get(type(self).__name__, {}).get("attributes", {}).get("controller_state")

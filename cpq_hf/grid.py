@@ -55,10 +55,12 @@ import torch
 from torch import Tensor
 
 from .kernels import cpu
+from .sharding import process_rank
 from .spec import CENTERED_BITS, MIN_BITS, RAREST, level_bounds, level_offset
 
 MIN_NOISE, MAX_NOISE = 0.02, 0.5
 WINDOW = 4
+_MULTIPLIER = 6364136223846793005  # odd, its powers are far apart (Knuth's of a linear congruential generator)
 _BEYOND = 3.0  # positions are clamped this far outside the grid, where D is zero, so that infinities stay finite
 
 
@@ -114,12 +116,16 @@ def fake_quantize_dropped(
 def draw_last_levels(x: Tensor, keep: Tensor, signed: bool, min_bits: int) -> Tensor:
     """Draw a bit-width `k = min_bits + #{j : u < P_j}` for every element, `u` uniform; its last level `hi_k`.
 
-    `u` has 16 bits, four to a 64-bit draw: the CPU generator works serially, so the fewer draws the better.
+    `u` has 16 bits, four to a 64-bit draw: the CPU generator works serially, so the fewer draws the better. Processes
+    that are seeded alike, as Trainer seeds them, still draw differently: each multiplies by an odd number of its own,
+    which maps the 64-bit numbers one to one.
 
     Returns:
         `Tensor`: uint8, shape of `x`.
     """
     drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    if (rank := process_rank()) > 0:
+        drawn.mul_(_signed(_MULTIPLIER**rank))
     u = drawn.view(torch.int16)[: x.numel()]  # uniform on -2^15 .. 2^15-1
     thresholds = (keep.detach() * 2**16 - 2**15 - 1).round().clamp(-(2**15), 2**15 - 1).to(torch.int16)
     hi = level_bounds(min_bits, signed)[1]
@@ -131,6 +137,11 @@ def draw_last_levels(x: Tensor, keep: Tensor, signed: bool, min_bits: int) -> Te
     reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
     # in the order of the memory of `x` where that has no holes (a transposed weight), which the kernels ask for
     return last_levels.as_strided(x.shape, x.stride()) if reach == x.numel() else last_levels.view(x.shape)
+
+
+def _signed(number: int) -> int:
+    """The lowest 64 bits, as int64 has them."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def nearest_levels(x: Tensor, alpha: Tensor, bits: int, signed: bool, offset: float = 0.0) -> Tensor:

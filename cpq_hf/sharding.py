@@ -1,17 +1,23 @@
-"""Read and write parameters that FSDP2 has spread over processes (DTensors) as whole tensors; others as they are.
+"""Several processes: which one this is, and the parameters that FSDP2 spreads over them (DTensors) as whole tensors.
 
-Every process has to take part, for reading gathers.
+To read a whole one every process has to take part.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 try:
     from torch.distributed.tensor import DTensor, distribute_tensor
 except ImportError:  # a build of torch without distributed
     DTensor = None  # type: ignore[assignment,misc]
+
+
+def process_rank() -> int:
+    """The number of this process among those that train together; 0 if it is alone."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def is_sharded(tensor: Tensor) -> bool:

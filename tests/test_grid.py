@@ -290,3 +290,20 @@ def test_representable_values_survive_exactly():
     alpha = torch.rand(32, 1, 1) + 0.1
     x = torch.randint(-8, 8, (32, 1, 64)) * alpha
     assert torch.equal(grid.fake_quantize(x, alpha, torch.tensor([0.2]), 4, True), x)
+
+
+def test_processes_draw_masks_of_their_own(monkeypatch):
+    """Seeded alike, they drop other elements, as independently as chance would have it; repeated, the same ones."""
+    x, keep = torch.zeros(200_000), torch.tensor([0.7])
+
+    def draw(rank: int) -> torch.Tensor:
+        monkeypatch.setattr(grid, "process_rank", lambda: rank)
+        torch.manual_seed(0)
+        return (grid.draw_last_levels(x, keep, True, 2) > 1).double()
+
+    masks = [draw(rank) for rank in range(4)]
+    for rank, mask in enumerate(masks):
+        assert mask.mean() == pytest.approx(0.7, abs=0.005)
+        assert torch.equal(mask, draw(rank))
+        for other in masks[:rank]:
+            assert (mask * other).mean() == pytest.approx(0.49, abs=0.006)

@@ -12,13 +12,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from . import lengths, oscillation, schedule
-from .distillation import is_distilled
 from .errors import CPQError
 from .lengths import LengthLearner
 from .nn import TrainingLayer
-from .plan import QuantizationPlan
 from .quantizer import ActivationQuantizer, WeightQuantizer
-from .surgery import prepared_module, quantizers, training_layers
+from .surgery import plan_of, quantizers, training_layers
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +32,7 @@ class CPQController:
     `target_bits`; the rest trains at fixed widths, without DropBits in these layers. A bit less doubles the step size,
     so the decision moves no weight that had decided by itself. Where a run ends earlier, [`finish`] decides.
 
-    Weights that oscillate between two levels are frozen where the config says so, or leaves it open and the model is
-    distilled: call [`distill`] before.
+    With `freeze_oscillating`, weights that oscillate between two levels are frozen, ever more readily.
 
     Args:
         model (`nn.Module`): A prepared model, wrapped or not.
@@ -66,11 +63,7 @@ class CPQController:
     def __init__(self, model: nn.Module, optimizer: Any, total_steps: int) -> None:
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise CPQError(f"`total_steps` must be a positive number of optimizer steps, got {total_steps!r}")
-        prepared = prepared_module(model)
-        self.plan: QuantizationPlan = prepared.cpq_plan
-        self._freezes = self.plan.freeze_oscillating
-        if self._freezes is None:
-            self._freezes = is_distilled(prepared)
+        self.plan = plan_of(model)
         self.total_steps = total_steps
         self.step = 0
         self.learning_steps = schedule.learning_steps(total_steps)
@@ -164,7 +157,7 @@ class CPQController:
             learner.step(getattr(optimizer, "grad_scale", None))  # a fused optimizer unscales by itself, later
         if self.step >= self.learning_steps and self.learning:
             self._decide()
-        if self._freezes and self.step > 1 and self.step % oscillation.INTERVAL == 0:
+        if self.plan.freeze_oscillating and self.step > 1 and self.step % oscillation.INTERVAL == 0:
             held = [layer for layer in self._layers.values() if _holds(layer)]
             oscillation.freeze_oscillating(held, optimizer, schedule.indecision(self.step / self.total_steps))
         self._put_back = [learner.hold() for learner in self._learners.values()]

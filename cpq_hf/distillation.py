@@ -22,9 +22,6 @@ def distill(model: nn.Module, teacher: nn.Module, weight: float = 0.9, temperatu
     the loss is that of the model alone. Accumulation and several processes are weighted as the model weights its own
     loss (`num_items_in_batch`).
 
-    A distilled model trains best if weights that oscillate are frozen, so that is done unless the config says
-    `freeze_oscillating=False`.
-
     Args:
         model (`nn.Module`): A transformers model whose output has `logits` and, given `labels`, `loss`. Prepare it
             first.
@@ -77,13 +74,7 @@ def distill(model: nn.Module, teacher: nn.Module, weight: float = 0.9, temperatu
         output.loss = (1 - weight) * loss + weight * term
         return output
 
-    add_to_loss.distills = True  # type: ignore[attr-defined]
     return model.register_forward_hook(add_to_loss, with_kwargs=True)
-
-
-def is_distilled(model: nn.Module) -> bool:
-    """Whether [`distill`] is at work on this model."""
-    return any(getattr(hook, "distills", False) for hook in model._forward_hooks.values())
 
 
 def distillation_loss(

@@ -37,7 +37,7 @@ class QuantizationPlan:
     activation_dropbits: float = 0.0
     noise_start: float = 1 / 3
     noise_end: float = 0.1
-    freeze_oscillating: bool | None = None
+    freeze_oscillating: bool = False
     quantize_embeddings: bool = False
     modules_to_not_convert: list[str] | None = None
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -52,10 +52,8 @@ class QuantizationPlan:
             _check_number(name, getattr(self, name), 0.0, 0.9)
         for name in ("noise_start", "noise_end"):
             _check_number(name, getattr(self, name), MIN_NOISE, MAX_NOISE)
-        for name in ("centered", "quantize_embeddings", "tie_bits", "learn_activation_bits"):
+        for name in ("centered", "quantize_embeddings", "tie_bits", "learn_activation_bits", "freeze_oscillating"):
             _check_flag(name, getattr(self, name))
-        if self.freeze_oscillating is not None:
-            _check_flag("freeze_oscillating", self.freeze_oscillating)
         skipped = self.modules_to_not_convert
         if skipped is not None and (isinstance(skipped, str) or not all(isinstance(item, str) for item in skipped)):
             raise CPQError(f"`modules_to_not_convert` must be a list of module names or patterns, got {skipped!r}")

@@ -66,10 +66,10 @@ def quantized_parameter_names(model: nn.Module) -> set[str]:
 
 def plan_of(model: nn.Module) -> QuantizationPlan:
     """The plan a model was prepared with; `CPQError` if it was not."""
-    return prepared_module(model).cpq_plan
+    return _prepared_module(model).cpq_plan
 
 
-def prepared_module(model: nn.Module) -> Any:
+def _prepared_module(model: nn.Module) -> Any:
     """The module that was prepared, inside of whatever wraps it; `CPQError` if there is none."""
     for module in model.modules():  # a wrapper (DDP, a compiled module) comes first and does not carry the plan
         if "cpq_plan" in vars(module):
@@ -245,7 +245,7 @@ def is_calibrated(model: nn.Module) -> bool:
 
 def pack(model: nn.Module) -> dict[str, LayerSpec]:
     """Replace every layer that trains by its packed form, in place. Nothing is changed if it raises."""
-    prepared = prepared_module(model)
+    prepared = _prepared_module(model)
     layers = dict(training_layers(model))
     if any(is_sharded(parameter) for parameter in model.parameters()):
         raise CPQError(

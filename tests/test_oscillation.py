@@ -7,7 +7,7 @@ import torch
 from models import build, inputs
 from torch import nn
 
-from cpq_hf import CPQConfig, CPQController, CPQError, distill, prepare_model
+from cpq_hf import CPQConfig, CPQController, CPQError, prepare_model
 from cpq_hf.nn import TrainingLayer
 from cpq_hf.oscillation import DRIFT, INTERVAL, LEVEL, freeze_oscillating, frozen_share
 from cpq_hf.schedule import indecision
@@ -139,24 +139,6 @@ def test_it_can_be_switched_off():
     assert not any(LEVEL in state for state in run.optimizer.state.values())
     with pytest.raises(CPQError, match="`freeze_oscillating` must be true or false, got 1"):
         CPQConfig(freeze_oscillating=1)
-
-
-def test_by_itself_it_is_on_where_a_model_is_distilled():
-    def looks(model) -> bool:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        controller = CPQController(model, optimizer, total_steps=2 * INTERVAL)
-        for _ in range(INTERVAL + 1):
-            model.train()(**inputs("llama")).loss.backward()
-            optimizer.step()
-        controller.detach()
-        return any(LEVEL in state for state in optimizer.state.values())
-
-    model = prepare_model(build("llama"), CPQConfig())
-    assert not looks(model)
-    handle = distill(model, build("llama"))
-    assert looks(model)
-    handle.remove()
-    assert not looks(model)
 
 
 def test_learned_lengths_are_looked_at_once_they_are_decided():

@@ -50,8 +50,8 @@ class CPQConfig(QuantizationPlan, QuantizationConfigMixin):
             0.02 to 0.5. At 1/2 the estimator is nearly plain straight-through.
         noise_end (`float`, defaults to 0.1): The same at the end, for weights: the smaller, the more of them cluster
             on the grid. Activations keep `noise_start`.
-        freeze_oscillating (`bool`, *optional*): Freeze weights that oscillate between two levels. None: if the model
-            is distilled ([`distill`]), where it helps most; without it gained nothing in docs/results.md.
+        freeze_oscillating (`bool`, defaults to False): Freeze weights that oscillate between two levels. It helps
+            where many do: a distilled language model at 2 bits, in docs/results.md; the image models there lose by it.
         quantize_embeddings (`bool`, defaults to False): Quantize `nn.Embedding` too.
         modules_to_not_convert (`list[str]`, *optional*): Names or patterns to leave in floating point. None means
             what transformers leaves out, the output head and tied embeddings; `[]` means nothing.

@@ -79,7 +79,7 @@ VARIANTS = {
     "cpq-learned-fixed": Variant("cpq", {}, "cpq", min_bits=3, lengths_of="cpq-learned"),
     "lsq-distilled": Variant("lsq", TAUGHT, "lsq"),
     "cpq-distilled": Variant("cpq", TAUGHT, "cpq"),
-    "cpq-distilled-free": Variant("cpq", TAUGHT | {"freeze_oscillating": False}, "cpq"),
+    "cpq-distilled-frozen": Variant("cpq", TAUGHT | {"freeze_oscillating": True}, "cpq"),
 }
 
 Settings = dict[str, Any]

@@ -35,7 +35,7 @@ LABELS = {
     "cpq-learned-fixed": "CPQ, these lengths from the start",
     "lsq-distilled": "LSQ, distilled",
     "cpq-distilled": "CPQ, distilled",
-    "cpq-distilled-free": "CPQ, distilled, nothing frozen",
+    "cpq-distilled-frozen": "CPQ, distilled, oscillating weights frozen",
 }
 COLORS = {"lsq": "#888888", "cpq": "#3465a4", "cpq-distilled": "#cc0000", "lsq-distilled": "#f57900", "rtn": "#d3d7cf",
           "cpq-learned": "#4e9a06", "brevitas": "#75507b", "torchao": "#c17d11", "quanto": "#555753"}  # fmt: skip

@@ -133,6 +133,7 @@ def main() -> None:
     datasets.disable_progress_bars()
     data, names = load_data(args, training.seed)
     model, processor = load_float(args, [*names.values()])
+    type(model).accepts_loss_kwargs = False  # ResNet claims to average over accumulated batches, but does not
     numbers = {label: model.config.label2id[name] for label, name in names.items()}
     metric = Accuracy() if args.metric is None else evaluate.load(args.metric)
 

@@ -56,6 +56,7 @@ class Arguments:
     text_column: str = field(default="text", metadata={"help": "its column of text"})
     block_size: int = field(default=512, metadata={"help": "tokens in a row of training; 128 for a small model"})
     float_epochs: float = field(default=0, metadata={"help": "epochs in float first; 3 for a small model"})
+    float_lr: float = field(default=2e-5, metadata={"help": "its rate; 4e-3 for a small model"})
     overwrite: bool = field(default=False, metadata={"help": "replace the packed model in output_dir"})
 
 
@@ -77,7 +78,7 @@ def parse() -> tuple[Arguments, Quantization, TrainingArguments]:
         prediction_loss_only=True, dataloader_pin_memory=gpu, use_cpu=not gpu, ddp_find_unused_parameters=False,
     )  # fmt: skip
     if parser.parse_known_args()[0].model_name_or_path is None:  # a small model that knows nothing yet
-        parser.set_defaults(float_epochs=3, num_train_epochs=0.5, learning_rate=4e-3, block_size=128)
+        parser.set_defaults(float_epochs=3, float_lr=4e-3, num_train_epochs=0.5, learning_rate=1e-3, block_size=128)
     return parser.parse_args_into_dataclasses()
 
 
@@ -111,11 +112,8 @@ def load_float(args: Arguments, texts: list[str]):
         return AutoModel.from_pretrained(source, dtype=torch.float32), AutoTokenizer.from_pretrained(source)
     tokenizer = SmallTokenizer().train_new_from_iterator(texts, 1024, show_progress=False)
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = AutoConfig.for_model(
-        args.architecture, vocab_size=len(tokenizer), max_position_embeddings=args.block_size, **ends,
-        **SMALL[args.architecture],
-    )  # fmt: skip
-    return AutoModel.from_config(config), tokenizer
+    shape = SMALL[args.architecture] | {"vocab_size": len(tokenizer), "max_position_embeddings": args.block_size}
+    return AutoModel.from_config(AutoConfig.for_model(args.architecture, **shape, **ends)), tokenizer
 
 
 def main() -> None:
@@ -153,17 +151,16 @@ def main() -> None:
         run.is_fsdp_enabled = run.is_deepspeed_enabled = False  # they cannot evaluate what they did not train
         return math.exp(run.evaluate()["eval_loss"])
 
-    # 1. the float model, trained if asked for
-    if resume is None:
-        run = Trainer(model, replace(training, num_train_epochs=args.float_epochs, save_strategy="no"), **parts)
+    if resume is None:  # 1. the float model, trained if asked for
+        floating = {"num_train_epochs": args.float_epochs, "learning_rate": args.float_lr, "save_strategy": "no"}
+        run = Trainer(model, replace(training, load_best_model_at_end=False, **floating), **parts)
         if args.float_epochs:
             run.train()
         run.save_model(output / "float")
         run.accelerator.wait_for_everyone()
     scores = {"float": perplexity(AutoModel.from_pretrained(output / "float"))}
 
-    # 2. on the grid, and trained there
-    model = AutoModel.from_pretrained(output / "float", quantization_config=config)
+    model = AutoModel.from_pretrained(output / "float", quantization_config=config)  # 2. on the grid, trained there
     cpq = {"callbacks": [CPQCallback()], "optimizer_cls_and_kwargs": (CPQOptimizer, {"args": training})}
     run = Trainer(model, training, **parts, **cpq)
     cpq_hf.calibrate_model(model.to(training.device), itertools.islice(run.get_train_dataloader(), 4))
@@ -174,8 +171,7 @@ def main() -> None:
     model = AutoModel.from_pretrained(output / "trained")  # the same in each process, batch statistics included
     scores["trained"] = perplexity(model)
 
-    # 3. packed, saved by one process, loaded again by all
-    cpq_hf.pack_model(model)
+    cpq_hf.pack_model(model)  # 3. as integers; saved by one process, loaded again by all
     if run.is_world_process_zero():
         shutil.rmtree(output / "packed", ignore_errors=True)
         model.save_pretrained(output / "packed")

@@ -53,6 +53,7 @@ class Arguments:
     text_column: str = field(default="text", metadata={"help": "its column of text"})
     block_size: int = field(default=512, metadata={"help": "tokens in a row of training; 128 for a small model"})
     float_epochs: float = field(default=0, metadata={"help": "epochs in float first; 3 for a small model"})
+    float_lr: float = field(default=2e-5, metadata={"help": "its rate; 4e-3 for a small model"})
     weight_bits: int = field(default=2, metadata={"help": "bit-width of weights"})
     activation_bits: int | None = field(default=None, metadata={"help": "bit-width of inputs; else left in float"})
     distillation_weight: float = field(default=0.9, metadata={"help": "share of the teacher in the loss"})
@@ -69,7 +70,7 @@ def parse() -> tuple[Arguments, TrainingArguments]:
         prediction_loss_only=True, dataloader_pin_memory=gpu, use_cpu=not gpu, ddp_find_unused_parameters=False,
     )  # fmt: skip
     if parser.parse_known_args()[0].model_name_or_path is None:  # a small model that knows nothing yet
-        parser.set_defaults(float_epochs=3, num_train_epochs=0.5, learning_rate=4e-3, block_size=128)
+        parser.set_defaults(float_epochs=3, float_lr=4e-3, num_train_epochs=0.5, learning_rate=1e-3, block_size=128)
     return parser.parse_args_into_dataclasses()
 
 
@@ -103,10 +104,8 @@ def load_float(args: Arguments, texts: list[str]):
         return AutoModel.from_pretrained(source, dtype=torch.float32), AutoTokenizer.from_pretrained(source)
     tokenizer = SmallTokenizer().train_new_from_iterator(texts, 1024, show_progress=False)
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = AutoConfig.for_model(
-        "llama", vocab_size=len(tokenizer), max_position_embeddings=args.block_size, **ends, **SMALL
-    )  # fmt: skip
-    return AutoModel.from_config(config), tokenizer
+    shape = SMALL | {"vocab_size": len(tokenizer), "max_position_embeddings": args.block_size}
+    return AutoModel.from_config(AutoConfig.for_model("llama", **shape, **ends)), tokenizer
 
 
 def main() -> None:
@@ -147,7 +146,8 @@ def main() -> None:
         return math.exp(run.evaluate()["eval_loss"])
 
     # 1. the float model, trained if asked for
-    run = Trainer(model, replace(training, num_train_epochs=args.float_epochs, save_strategy="no"), **parts)
+    floating = {"num_train_epochs": args.float_epochs, "learning_rate": args.float_lr, "save_strategy": "no"}
+    run = Trainer(model, replace(training, load_best_model_at_end=False, **floating), **parts)
     if args.float_epochs:
         run.train()
     run.save_model(output / "float")

@@ -134,6 +134,7 @@ def main() -> None:
     datasets.disable_progress_bars()
     data, names = load_data(args, training.seed)
     model, tokenizer = load_float(args, data["train"][args.text_column[0]], [*names.values()])
+    type(model).accepts_loss_kwargs = False  # BERT claims to average over accumulated batches, but does not
     numbers = {label: model.config.label2id[name] for label, name in names.items()}
     metric = Accuracy() if args.metric is None else evaluate.load(args.metric)
 
@@ -153,17 +154,16 @@ def main() -> None:
         run.is_fsdp_enabled = run.is_deepspeed_enabled = False  # they cannot evaluate what they did not train
         return run.evaluate()["eval_score"]
 
-    # 1. the float model, trained if asked for
-    if resume is None:
-        run = Trainer(model, replace(training, num_train_epochs=args.float_epochs, save_strategy="no"), **parts)
+    if resume is None:  # 1. the float model, trained if asked for
+        floating = {"num_train_epochs": args.float_epochs, "save_strategy": "no", "load_best_model_at_end": False}
+        run = Trainer(model, replace(training, **floating), **parts)
         if args.float_epochs:
             run.train()
         run.save_model(output / "float")
         run.accelerator.wait_for_everyone()
     scores = {"float": score(AutoModel.from_pretrained(output / "float"))}
 
-    # 2. on the grid, and trained there
-    model = AutoModel.from_pretrained(output / "float", quantization_config=config)
+    model = AutoModel.from_pretrained(output / "float", quantization_config=config)  # 2. on the grid, trained there
     cpq = {"callbacks": [CPQCallback()], "optimizer_cls_and_kwargs": (CPQOptimizer, {"args": training})}
     run = Trainer(model, training, **parts, **cpq)
     cpq_hf.calibrate_model(model.to(training.device), itertools.islice(run.get_train_dataloader(), 4))
@@ -174,8 +174,7 @@ def main() -> None:
     model = AutoModel.from_pretrained(output / "trained")  # the same in each process, batch statistics included
     scores["trained"] = score(model)
 
-    # 3. packed, saved by one process, loaded again by all
-    cpq_hf.pack_model(model)
+    cpq_hf.pack_model(model)  # 3. as integers; saved by one process, loaded again by all
     if run.is_world_process_zero():
         shutil.rmtree(output / "packed", ignore_errors=True)
         model.save_pretrained(output / "packed")

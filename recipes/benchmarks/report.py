@@ -37,7 +37,8 @@ LABELS = {
     "cpq-distilled": "CPQ, distilled",
     "cpq-distilled-frozen": "CPQ, distilled, oscillating weights frozen",
 }
-COLORS = {"lsq": "#888888", "cpq": "#3465a4", "cpq-distilled": "#cc0000", "lsq-distilled": "#f57900", "rtn": "#d3d7cf",
+COLORS = {"lsq": "#888888", "cpq": "#3465a4", "cpq-distilled": "#cc0000", "cpq-distilled-frozen": "#73d216",
+          "lsq-distilled": "#f57900", "rtn": "#d3d7cf",
           "cpq-learned": "#4e9a06", "brevitas": "#75507b", "torchao": "#c17d11", "quanto": "#555753"}  # fmt: skip
 
 
@@ -193,7 +194,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("docs/results/accuracy.jsonl"))
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"), help="gets the tables between its marks")
     parser.add_argument("--float-models", type=Path, default=Path("runs/accuracy"))
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=10, help="up to so many, where they are there")
     parser.add_argument("--histograms", action="store_true")
     args = parser.parse_args()
     results, folder = Results(args.results), args.results.parent

@@ -24,6 +24,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Tokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 import cpq_hf
@@ -249,6 +251,21 @@ def test_accelerate_reads_the_launch_files(file):
     config = load_config_from_file(str(file))
     assert config.num_processes == (1 if file.stem in ("cpu", "one_gpu") else 2)
     assert config.use_cpu == (file.stem == "cpu")
+
+
+def test_what_is_pushed_is_the_packed_model(tmp_path, text_folder, monkeypatch):
+    pushed = []
+
+    def push_to_hub(part, name, private=None):
+        pushed.append((type(part).__name__, name, private, getattr(part, "is_quantized", None)))
+
+    for kind in (PreTrainedModel, PreTrainedTokenizerBase):
+        monkeypatch.setattr(kind, "push_to_hub", push_to_hub)
+    data = ["--dataset_name", str(text_folder), "--text_column", "review", "--block_size", "32", "--max_steps", "1"]
+    hub = ["--push_to_hub", "--hub_model_id", "me/tiny", "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["causal_lm.py", *data, *hub])
+    load("causal_lm").main()
+    assert pushed == [("LlamaForCausalLM", "me/tiny", None, True), ("GPT2Tokenizer", "me/tiny", None, None)]
 
 
 # --- what a user can get wrong ---

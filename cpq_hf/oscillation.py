@@ -22,7 +22,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .nn import TrainingLayer
 from .quantizer import from_grouped, to_grouped
@@ -73,11 +72,3 @@ def _look(layer: TrainingLayer, state: dict[str, Any], indecision: float) -> Non
     state[LEVEL], state[DRIFT] = level.to(torch.int8), torch.where(frozen, torch.inf, drift).to(torch.bfloat16)
     weight = torch.where(frozen, (level + spec.offset) * alpha, to_grouped(layer.weight.detach(), spec))
     layer.weight.copy_(from_grouped(weight.to(layer.weight.dtype), spec))
-
-
-def frozen_share(layers: list[TrainingLayer], optimizer: torch.optim.Optimizer) -> Tensor | None:
-    """Share of the weights that are frozen; None before the first look."""
-    drifts = [state[DRIFT] for layer in layers if DRIFT in (state := optimizer.state.get(layer.weight, {}))]
-    if not drifts:
-        return None
-    return torch.stack([d.isinf().sum() for d in drifts]).sum() / sum(layer.weight.numel() for layer in layers)

@@ -21,7 +21,7 @@ def process_rank() -> int:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is spread over processes."""
+    """Whether a tensor is spread over processes. (Type checkers cannot follow it, hence what is silenced below.)"""
     return DTensor is not None and isinstance(tensor, DTensor)
 
 

@@ -9,8 +9,14 @@ from torch import nn
 
 from cpq_hf import CPQConfig, CPQController, CPQError, prepare_model
 from cpq_hf.nn import TrainingLayer
-from cpq_hf.oscillation import DRIFT, INTERVAL, LEVEL, freeze_oscillating, frozen_share
+from cpq_hf.oscillation import DRIFT, INTERVAL, LEVEL, freeze_oscillating
 from cpq_hf.schedule import indecision
+
+
+def frozen_share(layers, optimizer) -> torch.Tensor | None:
+    """Share of the weights that are frozen; None before the first look."""
+    drifts = [state[DRIFT] for layer in layers if DRIFT in (state := optimizer.state.get(layer.weight, {}))]
+    return torch.cat([drift.isinf().flatten() for drift in drifts]).double().mean() if drifts else None
 
 
 def one_row(bits: int = 4, **fields):

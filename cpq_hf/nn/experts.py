@@ -56,7 +56,7 @@ class ExpertWeight(TrainingLayer):
         return module
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:  # type: ignore[override]  # others have it as a parameter
         parameter = self.owner._parameters[self.attribute]
         assert parameter is not None
         return parameter
@@ -80,7 +80,7 @@ class Experts(nn.Module):
 
     def grid(self, name: str) -> TrainingLayer | PackedLayer | None:
         """What quantizes the weight `name`, or None where it is left in floating point."""
-        return self._modules.get(name + SUFFIX) or self._modules.get(name)  # type: ignore[return-value]
+        return self._modules.get(name + SUFFIX) or self._modules.get(name)  # type: ignore[return-value]  # ours by name
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         parameters = self._parameters
@@ -88,7 +88,7 @@ class Experts(nn.Module):
         for name in (*INPUTS, OUTPUT):  # loops, not comprehensions: torch.compile cannot look into their closures here
             grid = self.grid(name)
             if grid is not None:
-                weights[name] = grid.quantized_weight()  # type: ignore[assignment]
+                weights[name] = grid.quantized_weight()  # type: ignore[assignment]  # no Parameter, for a call
                 if name in INPUTS:
                     hidden_states = grid.quantized_input(hidden_states)
         vars(self)["_parameters"] = weights
@@ -98,7 +98,7 @@ class Experts(nn.Module):
             vars(self)["_parameters"] = parameters
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        hidden: Tensor = super()._apply_gate(gate_up)  # type: ignore[misc]
+        hidden: Tensor = super()._apply_gate(gate_up)  # type: ignore[misc]  # the float class has it
         down = self.grid(OUTPUT)
         return hidden if down is None else down.quantized_input(hidden)
 

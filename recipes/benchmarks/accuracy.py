@@ -46,6 +46,9 @@ RATES = {
     "vit": (2e-3, 6e-3, 18e-3),
     "bert": (4e-4, 1.3e-3, 4e-3),
     "llama": (4e-4, 1.3e-3, 4e-3),
+    "mobilenet": (2e-3, 6e-3, 2e-2),
+    "bert-large": (5e-5, 1.5e-4, 4.5e-4),
+    "llama-large": (1e-4, 3e-4, 9e-4),
 }
 TUNING_SEEDS = 2
 
@@ -88,6 +91,10 @@ Inspect = Callable[[nn.Module, int, torch.optim.Optimizer], None]
 
 def take(batch: Batch, index: Any) -> Batch:
     return {key: value[index] for key, value in batch.items()}
+
+
+def moved(batch: Batch, device: str) -> Batch:
+    return {key: value.to(device) for key, value in batch.items()}
 
 
 def evaluate(model: nn.Module, batch: Batch, task: Task) -> float:
@@ -192,15 +199,15 @@ class Flips:
             self.shares.append(sum((a != b).sum().item() for a, b in pairs) / sum(a.numel() for a, _ in pairs))
 
 
-def float_model(task: Task, seed: int, folder: Path) -> nn.Module:
+def float_model(task: Task, seed: int, folder: Path, device: str = "cpu") -> nn.Module:
     """Trained once and kept."""
     path = folder / f"{task.name}-{seed}-{task.float_steps}.safetensors"
     torch.manual_seed(seed)
-    model = task.model()
+    model = task.model().to(device)
     if path.exists():
         model.load_state_dict(load_file(path))
         return model
-    train(model, task.parts(seed).train, task, task.float_steps, task.float_lr, seed)
+    train(model, moved(task.parts(seed).train, device), task, task.float_steps, task.float_lr, seed)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
     save_file(model.state_dict(), temporary)
@@ -208,24 +215,26 @@ def float_model(task: Task, seed: int, folder: Path) -> nn.Module:
     return model
 
 
-def run(settings: Settings, folder: str) -> dict[str, Any]:
+def run(settings: Settings, folder: str, device: str = "cpu") -> dict[str, Any]:
     """One line of the results: the settings and what came out."""
     torch.set_num_threads(1)
     task = TASKS[settings["task"]]
     seed, method, options = settings["seed"], settings["method"], dict(settings["options"])
-    parts = task.parts(seed)
-    model = float_model(task, seed, Path(folder))
+    train_part, validation, test = (
+        moved(getattr(task.parts(seed), part), device) for part in ("train", "validation", "test")
+    )
+    model = float_model(task, seed, Path(folder), device)
     result: dict[str, Any] = {}
     if method != "float":
         weight, optimizer = options.pop("distill", 0.0), options.pop("optimizer", "adamw")
         teacher = copy.deepcopy(model) if weight else None
-        model = PREPARE[method](model, tuple(settings["bits"]), take(parts.train, slice(0, 256)), **options)
+        model = PREPARE[method](model, tuple(settings["bits"]), take(train_part, slice(0, 256)), **options)
         if teacher is not None:
             cpq_hf.distill(model, teacher, weight, temperature=1.0)
         flips, started = Flips(method, settings["steps"]), time.perf_counter()
         if method != "rtn":
             train(
-                model, parts.train, task, settings["steps"], settings["lr"], seed + 1000, method == "cpq",
+                model, train_part, task, settings["steps"], settings["lr"], seed + 1000, method == "cpq",
                 flips.before, flips.after, optimizer,
             )  # fmt: skip
             result["seconds"] = round(time.perf_counter() - started, 2)
@@ -235,8 +244,8 @@ def run(settings: Settings, folder: str) -> dict[str, Any]:
             report = cpq_hf.summarize(model)
             result["mean_bits"] = report.mean_bits
             result["layer_bits"] = {layer.name: layer.spec.weight.bits for layer in report.layers}
-    result["validation"] = evaluate(model, parts.validation, task)
-    result["test"] = evaluate(model, parts.test, task)
+    result["validation"] = evaluate(model, validation, task)
+    result["test"] = evaluate(model, test, task)
     return settings | {"result": result}
 
 
@@ -261,14 +270,14 @@ class Results:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, sort_keys=True) + "\n")
 
-    def run_missing(self, wanted: Iterable[Settings], folder: str, jobs: int, label: str) -> None:
+    def run_missing(self, wanted: Iterable[Settings], folder: str, jobs: int, label: str, device: str = "cpu") -> None:
         unique = {self.key(settings): settings for settings in wanted}
         missing = [settings for settings in unique.values() if self.get(settings) is None]
         if not missing:
             return
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-            futures = {pool.submit(run, settings, folder): settings for settings in missing}
+            futures = {pool.submit(run, settings, folder, device): settings for settings in missing}
             for future in tqdm(as_completed(futures), total=len(missing), desc=label, disable=None):
                 try:
                     self.add(future.result())
@@ -303,7 +312,7 @@ def float_settings(task: Task, seed: int) -> Settings:
 def tuning_settings(results: Results, task: Task, name: str, lr: float) -> list[Settings]:
     """Rates are tuned at the narrowest width that the method has."""
     name = VARIANTS[name].rate_of or name
-    bits = min(bits for bits in task.widths if covers(VARIANTS[name].method, task.name, bits))
+    bits = min((b for b in task.widths if covers(VARIANTS[name].method, task.name, b)), key=lambda bits: bits[0])
     found = [settings_of(task, name, bits, lr, seed, results) for seed in range(TUNING_SEEDS)]
     return [settings for settings in found if settings]
 
@@ -321,19 +330,22 @@ def best_rate(results: Results, task: Task, name: str) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASKS, default=list(TASKS)[:4], help="default: the four small ones"
+    )
     parser.add_argument("--methods", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4], help="bit-widths of weights")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time, a core each")
     parser.add_argument("--results", type=Path, default=Path("docs/results/accuracy.jsonl"))
     parser.add_argument("--float-models", default="runs/accuracy", help="folder of the float models")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda")
     args = parser.parse_args()
     results = Results(args.results)
     tasks = [TASKS[name] for name in args.tasks]
     results.run_missing(
         [float_settings(task, seed) for task in tasks for seed in range(args.seeds)],
-        args.float_models, args.jobs, "float",
+        args.float_models, args.jobs, "float", args.device,
     )  # fmt: skip
     cells = [
         (task, name, bits)
@@ -350,7 +362,7 @@ def main() -> None:
         for lr in RATES[task.name]
         for settings in tuning_settings(results, task, name, lr)
     ]
-    results.run_missing(tuning, args.float_models, args.jobs, "learning rates")
+    results.run_missing(tuning, args.float_models, args.jobs, "learning rates", args.device)
     for _ in range(2):  # the second time for rows that take over what others have learned
         table = [
             settings_of(task, name, bits, best_rate(results, task, name), seed, results)
@@ -358,7 +370,8 @@ def main() -> None:
             if VARIANTS[name].method == "rtn" or best_rate(results, task, name) is not None
             for seed in range(args.seeds)
         ]
-        results.run_missing([settings for settings in table if settings], args.float_models, args.jobs, "table")
+        found = [settings for settings in table if settings]
+        results.run_missing(found, args.float_models, args.jobs, "table", args.device)
 
 
 if __name__ == "__main__":

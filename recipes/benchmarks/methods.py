@@ -103,7 +103,7 @@ PREPARE: dict[str, Callable[..., nn.Module]] = {
 def covers(method: str, task: str, bits: tuple[int, int]) -> bool:
     """Whether a method can do it: one linear layer of a ResNet does not count as quantizing it."""
     if method == "torchao":
-        return task != "resnet"
+        return task not in ("resnet", "mobilenet")
     return method != "quanto" or (bits[0] in (2, 4, 8) and bits[1] == 8)
 
 

@@ -109,14 +109,15 @@ def table(results: Results, task: Task, bits: tuple[int, int], seeds: int) -> st
 def plot_metric(results: Results, seeds: int, path: Path) -> None:
     """The metric against the bit-width of weights, one panel a task."""
     figure = Figure(figsize=(11, 7), layout="constrained")
-    for axes, task in zip(figure.subplots(2, 2).flat, TASKS.values(), strict=True):
+    for axes, task in zip(figure.subplots(2, 2).flat, list(TASKS.values())[:4], strict=True):
+        widths = {bits[0]: bits for bits in reversed(task.widths)}.values()  # of two, the first
         floats = [found["test"] for seed in range(seeds) if (found := results.get(float_settings(task, seed)))]
         if floats:
             axes.axhline(mean(floats), color="black", linewidth=0.8, linestyle=":", label="float")
         for number, (name, color) in enumerate(COLORS.items()):
             points = [
                 (bits[0] + 0.03 * (number - 4), [run["test"] for run in runs.values()])
-                for bits in task.widths
+                for bits in widths
                 if (runs := runs_of(results, task, name, bits, seeds))
             ]
             if points and name != "rtn":  # far below everything at 2 bits
@@ -125,7 +126,7 @@ def plot_metric(results: Results, seeds: int, path: Path) -> None:
                     [width for width, _ in points], [mean(values) for _, values in points], yerr=spreads, marker="o",
                     markersize=4, linewidth=1, capsize=2, color=color, label=LABELS[name],
                 )  # fmt: skip
-        axes.set_title(f"{task.name}, activations of {', '.join(str(b) for _, b in task.widths)} bits", fontsize=10)
+        axes.set_title(f"{task.name}, activations of {', '.join(str(b) for _, b in widths)} bits", fontsize=10)
         axes.set_xlabel("bits of the weights")
         axes.set_ylabel(task.metric)
         axes.set_xticks(sorted({bits for bits, _ in task.widths}))

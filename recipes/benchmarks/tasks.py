@@ -1,4 +1,4 @@
-"""Four small tasks on real data that need no network: two of images, two of text.
+"""Tasks on real data that need no network: two of images, two of text, and some for special questions.
 
 Images are scikit-learn's handwritten digits. Text is source code and documentation of the Python standard library of
 the interpreter that runs this: its version is part of every result. Every task has a train, a validation and a test
@@ -25,6 +25,8 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
     ViTConfig,
@@ -91,28 +93,38 @@ def small_vit() -> nn.Module:
     )  # fmt: skip
 
 
-def small_bert() -> nn.Module:
-    return BertForSequenceClassification(
-        BertConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-                   intermediate_size=128, max_position_embeddings=48, num_labels=len(PACKAGES),
-                   attention_probs_dropout_prob=0.0)
+def small_mobilenet() -> nn.Module:
+    """Half of its layers are depthwise."""
+    return MobileNetV2ForImageClassification(
+        MobileNetV2Config(num_channels=1, image_size=32, depth_multiplier=0.15, min_depth=4, depth_divisible_by=4,
+                          output_stride=8, classifier_dropout_prob=0.0, num_labels=10)
     )  # fmt: skip
 
 
-def small_llama() -> nn.Module:
+def bert(width: int, layers: int) -> nn.Module:
+    return BertForSequenceClassification(
+        BertConfig(vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers,
+                   num_attention_heads=width // 16, intermediate_size=2 * width, max_position_embeddings=48,
+                   num_labels=len(PACKAGES), attention_probs_dropout_prob=0.0)
+    )  # fmt: skip
+
+
+def llama(width: int, layers: int) -> nn.Module:
     return LlamaForCausalLM(
-        LlamaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-                    num_key_value_heads=2, intermediate_size=128, max_position_embeddings=64, bos_token_id=0,
+        LlamaConfig(vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers,
+                    num_attention_heads=width // 16, num_key_value_heads=width // 32, intermediate_size=2 * width,
+                    max_position_embeddings=256, bos_token_id=0,
                     eos_token_id=0)
     )  # fmt: skip
 
 
-def _source_files() -> dict[str, str]:
+def _source_files(tests: bool = False) -> dict[str, str]:
     root = Path(sysconfig.get_paths()["stdlib"])
     texts = {}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        if not any(part in name for part in ("site-packages/", "test", "encodings/", "pydoc_data/", "lib-dynload")):
+        left_out = ("site-packages/", "encodings/", "pydoc_data/", "lib-dynload", *(() if tests else ("test",)))
+        if not any(part in name for part in left_out):
             texts[name] = path.read_text(encoding="utf-8", errors="replace")
     return texts
 
@@ -130,29 +142,39 @@ def _tokenizer(texts: list[str]) -> ByteLevelBPETokenizer:
 
 
 @functools.cache
-def package_blocks(length: int = 48, block: int = 200) -> Parts:
-    """Blocks of `block` characters, cut to `length` tokens; the label is the package. At most 2,000 a package."""
-    rows: list[tuple[int, str, int]] = []
+def package_blocks(length: int = 48, block: int = 200, step: int = 50, region: int = 1600, rows: int = 2000) -> Parts:
+    """Blocks of `block` characters, cut to `length` tokens; the label is the package.
+
+    Files are cut into regions of `region` characters, each of which belongs to one part. Blocks to train on start
+    every `step` characters, so that they overlap; `rows` blocks that do not overlap validate and test.
+    """
+    found: list[list[tuple[str, int]]] = [[], [], []]
     for label, package in enumerate(PACKAGES):
-        files = [text for name, text in _source_files().items() if name.startswith(f"{package}/")]
-        blocks = [text[i : i + block] for text in files for i in range(0, len(text) - block // 2, block)]
-        blocks.sort(key=lambda text: hashlib.sha256(text.encode()).digest())
-        rows += [(_part(text), text, label) for text in blocks[:2000]]
-    tokenizer = _tokenizer([text for part, text, _ in rows if part == 0])
+        texts = [text for name, text in _source_files().items() if name.startswith(f"{package}/")]
+        for content in (text[i : i + region] for text in texts for i in range(0, len(text) - block // 2, region)):
+            part = _part(content)
+            starts = range(0, max(1, len(content) - block + 1), block if part else step)
+            found[part] += [(content[start : start + block], label) for start in starts]
+    order = np.random.default_rng(0)
+    found[1:] = [[blocks[i] for i in order.permutation(len(blocks))[:rows]] for blocks in found[1:]]
+    tokenizer = _tokenizer([text for text, _ in found[0][:: block // step]])
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length)
     parts = []
-    for wanted in range(3):
-        chosen = [(tokenizer.encode(text).ids[:length], label) for part, text, label in rows if part == wanted]
-        ids = torch.tensor([row + [0] * (length - len(row)) for row, _ in chosen])
-        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row, _ in chosen])
-        labels = torch.tensor([label for _, label in chosen])
-        parts.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    for blocks in found:
+        encodings = tokenizer.encode_batch([text for text, _ in blocks])
+        parts.append({
+            "input_ids": torch.tensor([encoding.ids for encoding in encodings]),
+            "attention_mask": torch.tensor([encoding.attention_mask for encoding in encodings]),
+            "labels": torch.tensor([label for _, label in blocks]),
+        })  # fmt: skip
     return Parts(*parts)
 
 
 @functools.cache
-def library_text(length: int = 64, test_rows: int = 600) -> Parts:
+def library_text(length: int = 64, test_rows: int = 600, tests: bool = False) -> Parts:
     """Rows of `length` tokens; files of the test and validation part are never trained on."""
-    files = _source_files()
+    files = _source_files(tests)
     by_part: list[list[str]] = [[], [], []]
     for text in files.values():
         by_part[_part(text)].append(text)
@@ -172,8 +194,14 @@ TASKS = {
     for task in (
         Task("resnet", functools.partial(digits, 2), small_resnet, ((4, 4), (3, 3), (2, 2)), 600, 500, 32, 1e-2),
         Task("vit", functools.partial(digits, 1), small_vit, ((4, 4), (3, 3), (2, 2)), 1000, 500, 32, 2e-3),
-        Task("bert", lambda seed: package_blocks(), small_bert, ((4, 8), (3, 4), (2, 4)), 6000, 400, 16, 1e-3),
-        Task("llama", lambda seed: library_text(), small_llama, ((4, 8), (3, 8), (2, 8)), 3000, 400, 16, 4e-3,
-             "perplexity"),
+        Task("bert", lambda seed: package_blocks(), functools.partial(bert, 64, 2), ((4, 8), (3, 4), (2, 4)),
+             6000, 400, 16, 1e-3),
+        Task("llama", lambda seed: library_text(), functools.partial(llama, 64, 2), ((4, 8), (3, 8), (2, 8), (2, 4)),
+             3000, 400, 16, 4e-3, "perplexity"),
+        Task("mobilenet", functools.partial(digits, 4), small_mobilenet, ((4, 4), (3, 3)), 800, 300, 32, 5e-3),
+        Task("bert-large", lambda seed: package_blocks(), functools.partial(bert, 512, 15), ((4, 8), (3, 4), (2, 4)),
+             6000, 1000, 64, 2e-4),
+        Task("llama-large", lambda seed: library_text(256, tests=True), functools.partial(llama, 512, 13),
+             ((4, 8), (3, 8), (2, 8), (2, 4)), 6000, 1500, 32, 1e-3, "perplexity"),
     )
 }  # fmt: skip

@@ -124,15 +124,22 @@ class CPQController:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain numbers, fit for JSON."""
-        state: dict[str, Any] = {"step": self.step, "total_steps": self.total_steps}
+        state: dict[str, Any] = {
+            "step": self.step, "total_steps": self.total_steps, "settings": self.plan.lasting(),
+        }  # fmt: skip
         learners = {kind: learner.state_dict() for kind, learner in self._learners.items()}
         return state | ({"lengths": learners} if learners else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken. The schedule follows this controller's own `total_steps`."""
+        """Go on where `state_dict` was taken. The schedule follows this controller's own `total_steps`.
+
+        Raises:
+            CPQError: If it is not the state of a controller, or that of a model which was quantized otherwise.
+        """
         step = state.get("step")
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise CPQError(f"not the state of a CPQController: `step` is {step!r}, expected a number of steps")
+        self.plan.check_resumes(state.get("settings", {}))
         saved = state.get("lengths", {})
         for kind, learner in self._learners.items():
             if kind in saved:

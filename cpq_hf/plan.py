@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -14,6 +15,11 @@ from .spec import MIN_BITS, ActivationSpec, LayerSpec, WeightSpec, check_bits, c
 
 OVERRIDABLE = ("weight_bits", "activation_bits", "granularity", "group_size", "learn_bits")
 BUDGETS = ("weights", "macs")
+# what decides which tensors a model gets and what their numbers mean; the rest only steers training
+LASTING = (
+    *OVERRIDABLE, "centered", "min_bits", "learn_activation_bits", "quantize_embeddings", "modules_to_not_convert",
+    "overrides",
+)  # fmt: skip
 
 
 @dataclass
@@ -41,6 +47,19 @@ class QuantizationPlan:
     quantize_embeddings: bool = False
     modules_to_not_convert: list[str] | None = None
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def lasting(self) -> dict[str, Any]:
+        """The settings that a resumed run has to share with the one that saved, as plain JSON types."""
+        return {name: copy.deepcopy(getattr(self, name)) for name in LASTING}
+
+    def check_resumes(self, saved: dict[str, Any]) -> None:
+        """Raise `CPQError` if a checkpoint of a run with the `lasting` settings `saved` is not one of this run's."""
+        for name, value in self.lasting().items():
+            if name in saved and saved[name] != value:
+                raise CPQError(
+                    f"the checkpoint was saved with `{name}={saved[name]!r}`, this run has `{name}={value!r}`: "
+                    "resume with the config that it was saved with, or start a new run from its weights"
+                )
 
     def check(self) -> None:
         """Raise `CPQError` on the first field that breaks its rule."""

@@ -109,7 +109,37 @@ def convert_to_training(model: Any, layers: Mapping[str, LayerSpec], plan: Quant
             holder = None if spec.tied_to is None else found[spec.tied_to].module
             to_training(module, kind.training, spec, plan.min_bits, name, holder)
     model.cpq_plan = plan
+    model.register_load_state_dict_pre_hook(_check_state)
     reset_schedule(model, plan)
+
+
+_STEPS = "quantizer.log_alpha"
+
+
+def _check_state(model: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before a state is loaded: raise if it is that of a model which was quantized otherwise.
+
+    PyTorch would say so of shapes alone, and a Trainer that resumes does not ask it to be strict. A state without any
+    quantizer is that of a float model, which may be loaded.
+    """
+    if "cpq_plan" not in vars(model):  # packed or made float since
+        return
+    wanted = {prefix + name: model.get_parameter(name) for name in quantizer_parameter_names(model)}
+    given = {name for name in state if name.startswith(prefix) and name.endswith(_STEPS)}
+    steps = {name for name in wanted if name.endswith(_STEPS)}
+    for name in sorted(given ^ steps) if given else ():
+        layer = name.removeprefix(prefix).rpartition(".")[0]
+        raise CPQError(
+            f"the state to load {'has' if name in given else 'lacks'} `{layer}`, which this model "
+            f"{'lacks' if name in given else 'has'}: it was saved with another config ({len(given ^ steps)} "
+            "quantizers differ). Load it into a model that was prepared with the config that it was saved with"
+        )
+    for name in sorted(given):
+        if state[name].shape != wanted[name].shape:
+            raise CPQError(
+                f"`{name}` has the shape {list(state[name].shape)} in the state to load and "
+                f"{list(wanted[name].shape)} in this model: it was saved with another `granularity` or `group_size`"
+            )
 
 
 def initialize(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
     BertConfig,
     CLIPConfig,
     ConvNextConfig,
@@ -23,10 +24,12 @@ from transformers import (
     MixtralConfig,
     MobileNetV2Config,
     PreTrainedModel,
+    Qwen3MoeConfig,
     ResNetConfig,
     T5Config,
     ViTConfig,
     Wav2Vec2Config,
+    WhisperConfig,
 )
 
 BATCH, TOKENS, SIDE, CLASSES, VOCABULARY = 4, 6, 32, 3, 40
@@ -159,6 +162,44 @@ CONFIGS: dict[str, tuple[type, Callable[[], Any]]] = {
             apply_spec_augment=False,
         ),
     ),
+    "qwen3-moe": (
+        AutoModelForCausalLM,
+        lambda: Qwen3MoeConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            moe_intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=16,
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
+    ),
+    "whisper": (
+        AutoModelForSpeechSeq2Seq,
+        lambda: WhisperConfig(
+            vocab_size=VOCABULARY,
+            num_mel_bins=8,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            max_source_positions=10,
+            max_target_positions=16,
+            decoder_start_token_id=1,
+            pad_token_id=0,
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
+    ),
 }
 NAMES = list(CONFIGS)
 
@@ -212,6 +253,8 @@ def inputs(name: str, batch: int = BATCH, seed: int = 1) -> dict[str, torch.Tens
     if cls is AutoModelForAudioClassification:
         return {"input_values": torch.randn(batch, 400, generator=generator)} | classes
     ids = torch.randint(1, VOCABULARY, (batch, TOKENS), generator=generator)
+    if cls is AutoModelForSpeechSeq2Seq:
+        return {"input_features": torch.randn(batch, 8, 20, generator=generator), "labels": ids}
     if cls is AutoModelForSequenceClassification:
         return {"input_ids": ids} | classes
     if cls is AutoModel:

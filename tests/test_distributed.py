@@ -80,6 +80,18 @@ def test_two_processes_train_as_one_and_resume_exactly(launcher, tmp_path):
     assert torch.equal(logits(auto_class("llama").from_pretrained(tmp_path / "packed"), batch), trained)
 
 
+@pytest.mark.shows(
+    "saved by two processes, resumed by one, and the other way round: as one process, to 2e-4", "torchrun"
+)
+def test_the_number_of_processes_may_change_on_resume(tmp_path):
+    options = ("--steps", "4")
+    straight = train(tmp_path / "one", "one", *options)
+    train(tmp_path / "two", "ddp", *options)
+    for first, then in (("one", "ddp"), ("two", "one")):
+        checkpoint = str(tmp_path / first / "checkpoints" / "checkpoint-2")
+        assert_close(train(tmp_path / f"{first}-then-{then}", then, *options, "--resume", checkpoint), straight)
+
+
 @pytest.mark.shows("FSDP2 trains as one process: tied embeddings, fused experts", "torchrun, Trainer")
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["llama-tied", "mixtral"])

@@ -31,6 +31,11 @@ CASES = {
     "linear": (lambda: nn.Linear(24, 10), lambda: torch.randn(5, 24)),
     "linear-no-bias-3d": (lambda: nn.Linear(24, 7, bias=False), lambda: torch.randn(2, 3, 24)),
     "conv1d": (lambda: Conv1D(10, 24), lambda: torch.randn(2, 3, 24)),
+    "nn.conv1d": (lambda: nn.Conv1d(12, 8, 2, stride=2, groups=2), lambda: torch.randn(2, 12, 9)),
+    "nn.conv1d-replicate": (
+        lambda: nn.Conv1d(8, 6, 4, padding="same", padding_mode="replicate", dilation=2),
+        lambda: torch.randn(2, 8, 15),
+    ),
     "conv2d": (lambda: nn.Conv2d(6, 8, 2, stride=2), lambda: torch.randn(2, 6, 9, 9)),
     "conv2d-grouped": (lambda: nn.Conv2d(12, 6, 2, groups=3, bias=False), lambda: torch.randn(2, 12, 5, 5)),
     "conv2d-depthwise": (lambda: nn.Conv2d(8, 8, 4, groups=8, padding=1), lambda: torch.randn(2, 8, 6, 6)),

@@ -120,7 +120,7 @@ def test_evaluation_in_mid_training_uses_the_full_grid(tmp_path):
     assert in_trainer == pytest.approx(by_hand, rel=1e-5)
 
 
-def run(folder, resume=None, **fields):
+def run(folder, resume=None, config=None, **fields):
     """A whole training from a fresh float model; the model after it."""
     model = build("resnet")
     args = arguments(
@@ -131,11 +131,28 @@ def run(folder, resume=None, **fields):
         model,
         args,
         train_dataset=data(),
-        callbacks=[CPQCallback(CPQConfig(**CONFIG))],
+        callbacks=[CPQCallback(CPQConfig(**(CONFIG | (config or {}))))],
         optimizer_cls_and_kwargs=factory,
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+@pytest.mark.shows("a checkpoint of another config is refused", "Trainer")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"weight_bits": 5}, "saved with `weight_bits=4`, this run has `weight_bits=5`"),
+        ({"min_bits": 3}, "saved with `min_bits=2`"),
+        ({"overrides": {"classifier": {"weight_bits": 8}}}, r"lacks `classifier.1.input_quantizer`.*\(2 quantizers"),
+        ({"activation_bits": None}, "has `.*input_quantizer`, which this model lacks"),
+        ({"granularity": "tensor"}, r"the shape \[\d+, 1\] in the state to load and \[1\] in this model"),
+    ],
+)
+def test_a_checkpoint_of_another_config_is_refused(change, said, tmp_path):
+    run(tmp_path / "one", max_steps=2)
+    with pytest.raises(CPQError, match=said):
+        run(tmp_path / "two", str(tmp_path / "one" / "checkpoint-2"), config=change)
 
 
 @pytest.mark.shows("resumed with accumulation: the same bits", "Trainer")
@@ -159,7 +176,7 @@ def test_the_callback_counts_the_steps_that_were_taken(tmp_path):
     """A step that a GradScaler skips does not move the schedule; the count survives a resume."""
     trainer = run(tmp_path, max_steps=2)
     saved = trainer.state.stateful_callbacks["CPQCallback"]["attributes"]["controller_state"]
-    assert saved == {"step": 2, "total_steps": 2}
+    assert (saved["step"], saved["total_steps"]) == (2, 2)
 
 
 @pytest.mark.shows("load_best_model_at_end, then packed", "Trainer")
@@ -301,7 +318,7 @@ def test_controller_state():
     for _ in range(3):
         optimizer.step()
     state = controller.state_dict()
-    assert state == {"step": 3, "total_steps": 4}
+    assert state == {"step": 3, "total_steps": 4, "settings": controller.plan.lasting()}
     controller.detach()
     optimizer.step()
     assert controller.step == 3

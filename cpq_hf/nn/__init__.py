@@ -25,6 +25,7 @@ from .experts import (
 )
 from .packed import (
     PackedConv1D,
+    PackedConv1d,
     PackedConv2d,
     PackedEmbedding,
     PackedLayer,
@@ -34,7 +35,7 @@ from .packed import (
     to_packed,
     trained_tensors,
 )
-from .training import CPQConv1D, CPQConv2d, CPQEmbedding, CPQLinear, TrainingLayer, to_training
+from .training import CPQConv1D, CPQConv1d, CPQConv2d, CPQEmbedding, CPQLinear, TrainingLayer, to_training
 
 
 class Kind(NamedTuple):
@@ -50,6 +51,7 @@ class Kind(NamedTuple):
 LAYERS: dict[type[nn.Module], Kind] = {
     nn.Linear: Kind("linear", CPQLinear, PackedLinear),
     nn.Conv2d: Kind("conv2d", CPQConv2d, PackedConv2d),
+    nn.Conv1d: Kind("nn.conv1d", CPQConv1d, PackedConv1d),
     Conv1D: Kind("conv1d", CPQConv1D, PackedConv1D, transposed=True),
     nn.Embedding: Kind("embedding", CPQEmbedding, PackedEmbedding, has_float_input=False),
 }
@@ -64,12 +66,14 @@ __all__ = [
     "LAYERS",
     "SUFFIX",
     "CPQConv1D",
+    "CPQConv1d",
     "CPQConv2d",
     "CPQEmbedding",
     "CPQLinear",
     "ExpertWeight",
     "Kind",
     "PackedConv1D",
+    "PackedConv1d",
     "PackedConv2d",
     "PackedEmbedding",
     "PackedExpertWeight",

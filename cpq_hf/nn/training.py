@@ -66,6 +66,13 @@ class CPQConv2d(TrainingLayer, nn.Conv2d):
         return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
+class CPQConv1d(TrainingLayer, nn.Conv1d):
+    """`nn.Conv1d` on the grid, that of audio models; any stride, dilation, groups and padding mode."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+
+
 class CPQConv1D(TrainingLayer, Conv1D):  # type: ignore[misc]
     """transformers' `Conv1D` (a linear layer with its weight stored `[in, out]`) on the grid."""
 

@@ -328,24 +328,32 @@ _DESCENTS = 4
 
 def _fit_rows(x: Tensor, bits: int, signed: bool, offset: float) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    lo, hi = level_bounds(bits, signed)
     largest = x.abs().amax(-1, keepdim=True)
-    best = (largest / max(hi, -lo)).clamp(min=torch.finfo(x.dtype).tiny)
-    least = torch.full_like(best, torch.inf)
-
-    def try_step(alpha: Tensor) -> None:
-        nonlocal best, least
-        levels = (x / alpha).sub_(offset).round_().clamp_(lo, hi).add_(offset)
-        error = (x - levels.mul_(alpha)).square_().sum(-1, keepdim=True)
-        best, least = torch.where(error < least, alpha, best), torch.minimum(error, least)
-
-    coarse, fine = best * 2, _RATIO ** (2 / _FINE)
-    for index in range(_COARSE):
-        try_step(coarse * _RATIO**-index)
-    centre = best
-    for index in range(_FINE):
-        try_step(centre * fine ** (index - _FINE / 2 + 0.5))
-    for _ in range(_DESCENTS):
-        levels = (x / best).sub_(offset).round_().clamp_(lo, hi).add_(offset)
-        try_step((x * levels).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True).clamp(min=1))
+    top = 2 * (largest / max(map(abs, level_bounds(bits, signed)))).clamp(min=torch.finfo(x.dtype).tiny)
+    coarse = torch.arange(_COARSE, dtype=x.dtype, device=x.device)
+    fine = torch.arange(_FINE, dtype=x.dtype, device=x.device) - (_FINE - 1) / 2
+    best, least, refit = _best_step(x, top * _RATIO**-coarse, bits, signed, offset)
+    for tries in (best * _RATIO ** (fine * 2 / _FINE), *[None] * _DESCENTS):
+        alpha, error, again = _best_step(x, refit if tries is None else tries, bits, signed, offset)
+        better = error < least
+        best, refit = torch.where(better, alpha, best), torch.where(better, again, refit)
+        least = torch.minimum(error, least)
     return torch.where(largest > 0, best, 0)
+
+
+def _best_step(x: Tensor, tries: Tensor, bits: int, signed: bool, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of step sizes `[rows, tries]` the one with the least squared error, that error, and what fits its levels best;
+    each `[rows, 1]`."""
+    found = cpu.try_steps(x, tries, bits, signed, offset) or _try_steps(x, tries, bits, signed, offset)
+    error, refit = found
+    error, index = error.nan_to_num(nan=torch.inf).min(-1, keepdim=True)
+    return tries.gather(-1, index), error, refit.gather(-1, index).to(x.dtype)
+
+
+def _try_steps(x: Tensor, tries: Tensor, bits: int, signed: bool, offset: float) -> tuple[Tensor, Tensor]:
+    errors, refits = [], []
+    for alpha in tries.split(1, dim=-1):
+        levels = (x / alpha).sub_(offset).round_().clamp_(*level_bounds(bits, signed)).add_(offset)
+        refits.append((x * levels).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True).clamp(min=1))
+        errors.append((x - levels.mul_(alpha)).square_().sum(-1, keepdim=True))
+    return torch.cat(errors, -1), torch.cat(refits, -1)

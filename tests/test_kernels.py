@@ -229,3 +229,13 @@ def test_built_once_and_not_at_import(tmp_path):
         assert run_python(script, XDG_CACHE_HOME=str(tmp_path)).returncode == 0
         (library,) = (tmp_path / "cpq_hf").iterdir()
     assert library.suffix == ".so"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_step_sizes_are_tried_as_by_torch(bits):
+    """In one call, and rows longer than the block in which a sum stays float32."""
+    x, tries = torch.randn(5, 3000), torch.rand(5, 7) + 0.05
+    found = cpu.try_steps(x, tries, bits, True, 0.5)
+    assert found is not None
+    for got, want in zip(found, grid._try_steps(x.double(), tries.double(), bits, True, 0.5), strict=True):
+        assert torch.allclose(got, want, rtol=1e-5)

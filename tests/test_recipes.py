@@ -113,9 +113,21 @@ def test_quickstart(tmp_path):
 
 
 def test_step_time_benchmark(tmp_path):
-    printed = run("benchmarks/step_time.py", "--rounds", "2", "--warmup", "1", "--memory", "false", cwd=tmp_path)
-    assert printed.count("CPQ + DropBits") == 2
-    assert printed.count("of LSQ") == 3
+    precision = ("--precisions", "bfloat16 autocast")
+    printed = run("benchmarks/step_time.py", "--rounds", "2", "--models", "resnet", *precision, cwd=tmp_path)
+    rows = {line.split(" | ")[0]: line.split(" | ") for line in printed.splitlines() if line.startswith("| ")}
+    assert {"| float", "| LSQ", "| CPQ", "| CPQ, DropBits 0.1", "| CPQ, oscillating frozen"} <= rows.keys()
+    assert float(rows["| float"][2]) == float(rows["| LSQ"][3]) == 1.0
+    assert float(rows["| CPQ"][4].strip(" |")) > 10  # MB
+
+
+def test_kernels_benchmark(tmp_path):
+    settings = ("--millions", "0.1", "--bits", "2", "--granularities", "tensor", "channel", "group")
+    printed = run("benchmarks/kernels.py", *settings, "--rounds", "2", cwd=tmp_path)
+    assert printed.count("| CPQ |") == 3
+    assert printed.count("| LSQ |") == 2
+    peaks = [float(line.split()[-2]) for line in printed.splitlines() if line.endswith(" MB")]
+    assert peaks[1] < peaks[0] < peaks[2]  # CPQ, LSQ, textbook
 
 
 @pytest.mark.shows("image recipe, stopped and resumed: the same packed file", "the program")

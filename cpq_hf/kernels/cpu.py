@@ -106,6 +106,19 @@ def keep_gradient(
     return None if failed else gradient
 
 
+def try_steps(x: Tensor, alpha: Tensor, bits: int, signed: bool, offset: float) -> tuple[Tensor, Tensor] | None:
+    """Squared rounding errors of step sizes `[rows, tries]`, and what fits their levels best; None if not here."""
+    if _layout(x, alpha[:, :1].contiguous(), None) is None or x.dtype != torch.float32 or (library := load()) is None:
+        return None
+    error, refit = torch.empty(alpha.shape, dtype=torch.float64), torch.empty(alpha.shape, dtype=torch.float64)
+    alpha = alpha.contiguous()
+    library.cpq_try_steps(
+        x.data_ptr(), alpha.data_ptr(), error.data_ptr(), refit.data_ptr(), *x.shape, alpha.shape[1],
+        *level_bounds(bits, signed), offset, _threads(x),
+    )  # fmt: skip
+    return error, refit
+
+
 def name() -> str:
     """`"c"` if quantizers on the CPU run on `grid.c` in this process, else `"eager"`."""
     return "eager" if load() is None else "c"
@@ -123,6 +136,8 @@ def load() -> ctypes.CDLL | None:
     library.cpq_forward.argtypes = [pointer] * 4 + [size] * 2 + [number] * 6
     library.cpq_backward.argtypes = [pointer] * 7 + [size] * 2 + [number] * 7
     library.cpq_keep_gradient.argtypes = [pointer] * 6 + [size] * 2 + [number] * 5 + [ctypes.c_float] + [number] * 2
+    library.cpq_try_steps.argtypes = [pointer] * 4 + [size] * 3 + [number] * 2 + [ctypes.c_float, number]
+    library.cpq_try_steps.restype = None
     library.cpq_forward.restype, library.cpq_backward.restype, library.cpq_keep_gradient.restype = None, number, number
     return library
 

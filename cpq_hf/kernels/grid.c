@@ -305,3 +305,32 @@ int cpq_keep_gradient(const void *x, const float *alpha, const uint8_t *last, co
     free(sums);
     return 0;
 }
+
+/* For each of `tries` step sizes a row: the squared rounding error, and the step size that fits the levels best. */
+void cpq_try_steps(const float *x, const float *alpha, double *error, double *refit, int64_t rows, int64_t columns,
+                   int64_t tries, int lo_level, int hi_level, float offset, int threads) {
+    float lo = (float)lo_level, hi = (float)hi_level;
+#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        for (int64_t number = 0; number < tries; number++) {
+            const float *values = x + row * columns;
+            float step = alpha[row * tries + number];
+            double errors = 0.0, products = 0.0, squares = 0.0;
+            for (int64_t start = 0; start < columns; start += BLOCK) { /* sums of a block in float32, of blocks in double */
+                int64_t end = start + BLOCK < columns ? start + BLOCK : columns;
+                float e = 0.0f, p = 0.0f, s = 0.0f;
+#pragma omp simd reduction(+ : e, p, s)
+                for (int64_t i = start; i < end; i++) {
+                    float n = round_even(clamp(values[i] / step - offset, lo, hi)) + offset;
+                    float d = values[i] - n * step;
+                    e += d * d;
+                    p += values[i] * n;
+                    s += n * n;
+                }
+                errors += e, products += p, squares += s;
+            }
+            error[row * tries + number] = errors;
+            refit[row * tries + number] = products / (squares < 1.0 ? 1.0 : squares);
+        }
+    }
+}

@@ -24,7 +24,7 @@ from .compiler import load_library
 
 SOURCE = Path(__file__).with_name("packed.c")
 TOLERANCE = 2e-6  # of the sum of all |weight * input|: how far a product may lie from the exact path's, in float32
-_FLAGS = ("-O2", "-ffp-contract=fast")
+_FLAGS = ("-O3", "-ffp-contract=fast")
 _DTYPES = (torch.float32, torch.bfloat16)
 _WEIGHTS_PER_THREAD = 1 << 15
 
@@ -43,9 +43,10 @@ def dequantize(words: Tensor, scale: Tensor, bits: int, columns: int, offset: fl
     Returns:
         `Tensor` of shape `[rows, columns]`.
     """
-    if words.device.type == "cpu" and not torch.compiler.is_exporting():
-        return _dequantize(words, scale, bits, columns, offset, dtype)
-    return _dequantize_eager(words, scale, bits, columns, offset, dtype)
+    if words.device.type != "cpu" or torch.compiler.is_exporting():
+        return _dequantize_eager(words, scale, bits, columns, offset, dtype)
+    call = _dequantize_on_cpu if _is_plain(words) else _dequantize
+    return call(words, scale, bits, columns, offset, dtype)
 
 
 def multiply(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None, bits: int, offset: float) -> Tensor | None:
@@ -60,7 +61,10 @@ def multiply(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None, bits:
         return None
     if torch.is_autocast_enabled("cpu"):
         x = x.to(torch.get_autocast_dtype("cpu"))
-    return _multiply(x, words, scale, bias, bits, offset) if x.dtype in _DTYPES else None
+    if x.dtype not in _DTYPES:
+        return None
+    call = _multiply_on_cpu if _is_plain(x) and not torch.is_grad_enabled() else _multiply
+    return call(x, words, scale, bias, bits, offset)
 
 
 def has_kernel(device: torch.device, bits: int, group_size: int | None) -> bool:
@@ -94,7 +98,7 @@ def _is_right(bits: int, group_size: int | None) -> bool:
     words, x = pack(levels, bits), torch.randn(7, columns, generator=generator)
     for offset in (0.0, 0.5) if bits == 2 else (0.0,):
         weight = _dequantize_eager(words, scale, bits, columns, offset, torch.float32).double()
-        error = (_multiply(x, words, scale, None, bits, offset) - x.double() @ weight.T).abs()
+        error = (_multiply_on_cpu(x, words, scale, None, bits, offset) - x.double() @ weight.T).abs()
         if not bool((error <= TOLERANCE * (x.double().abs() @ weight.T.abs())).all()):
             return False
     return True
@@ -109,8 +113,9 @@ def _dequantize_eager(
     return levels.unflatten(1, (scale.shape[1], -1)).mul_(scale.unsqueeze(-1)).flatten(1).to(dtype)
 
 
-@torch.library.custom_op("cpq_hf::dequantize", mutates_args=(), device_types="cpu")
-def _dequantize(words: Tensor, scale: Tensor, bits: int, columns: int, offset: float, dtype: torch.dtype) -> Tensor:
+def _dequantize_on_cpu(
+    words: Tensor, scale: Tensor, bits: int, columns: int, offset: float, dtype: torch.dtype
+) -> Tensor:
     library = load()
     if library is None or words.numel() == 0:
         return _dequantize_eager(words, scale, bits, columns, offset, dtype)
@@ -124,13 +129,15 @@ def _dequantize(words: Tensor, scale: Tensor, bits: int, columns: int, offset: f
     return _dequantize_eager(words, scale, bits, columns, offset, dtype) if failed else out.to(dtype)
 
 
+_dequantize = torch.library.custom_op("cpq_hf::dequantize", _dequantize_on_cpu, mutates_args=(), device_types="cpu")
+
+
 @_dequantize.register_fake
 def _(words: Tensor, scale: Tensor, bits: int, columns: int, offset: float, dtype: torch.dtype) -> Tensor:
     return words.new_empty(words.shape[0], columns, dtype=dtype)
 
 
-@torch.library.custom_op("cpq_hf::multiply", mutates_args=(), device_types="cpu")
-def _multiply(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None, bits: int, offset: float) -> Tensor:
+def _multiply_on_cpu(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None, bits: int, offset: float) -> Tensor:
     library, rows, columns = load(), words.shape[0], x.shape[-1]
     inputs, words, scale = x.reshape(-1, columns).contiguous(), words.contiguous(), scale.contiguous()
     bias = None if bias is None else bias.float().contiguous()
@@ -144,6 +151,9 @@ def _multiply(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None, bits
         weight = dequantize(words, scale, bits, columns, offset, x.dtype)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return out
+
+
+_multiply = torch.library.custom_op("cpq_hf::multiply", _multiply_on_cpu, mutates_args=(), device_types="cpu")
 
 
 @_multiply.register_fake
@@ -166,6 +176,11 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _multiply.register_autograd(_backward, setup_context=_remember)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a function may be called without torch's dispatcher, which would cost more than a small layer."""
+    return type(tensor) is Tensor and not torch.compiler.is_compiling()
 
 
 def _groups(scale: Tensor) -> int:

@@ -4,6 +4,7 @@ from .controller import CPQController
 from .distillation import distill, distillation_loss
 from .errors import CPQError
 from .hf import CPQCallback, CPQConfig, CPQOptimizer, pack_model, prepare_model, verify_checkpoint
+from .inference import fast_inference
 from .lengths import bit_penalty
 from .summary import summarize
 from .surgery import calibrate_model
@@ -20,6 +21,7 @@ __all__ = [
     "calibrate_model",
     "distill",
     "distillation_loss",
+    "fast_inference",
     "pack_model",
     "prepare_model",
     "summarize",

@@ -14,14 +14,20 @@ RANKS = [
     {"quantizer"},
     {"nn"},
     {"selection", "surgery", "summary"},
-    {"lengths", "distillation", "oscillation"},
+    {"lengths", "distillation", "oscillation", "inference"},
     {"controller"},
     {"hf"},
     {"cli"},
     {"__init__"},
 ]
 # within a rank, in this order
-WITHIN = {"spec": {"errors"}, "kernels": {"spec"}, "plan": {"grid"}, "surgery": {"selection"}, "summary": {"surgery"}}
+WITHIN = {
+    "spec": {"errors"},
+    "kernels": {"packing", "spec"},
+    "plan": {"grid"},
+    "surgery": {"selection"},
+    "summary": {"surgery"},
+}
 
 
 def rank(room: str) -> int:

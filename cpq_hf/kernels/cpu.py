@@ -1,36 +1,24 @@
 """`grid.c` on the CPU: built once a machine with its C compiler, loaded once a process, called on tensors' memory.
 
-The first quantizer that runs builds the library (about a second) into the user's cache folder, under a name that holds
-its source, compiler flags and the machine's instruction set; nothing happens at import. Without a C compiler, on
-another device, for other dtypes or layouts, and while a model is traced by `torch.compile` (whose own compiler fuses
-the plain operations), the functions here return None and `grid.py` does the work.
-
-Built with gcc, it uses the copy of OpenMP that torch for Linux has loaded: both ask for the same library name.
+The first quantizer that runs builds the library (about a second, compiler.py); nothing happens at import. Without a C
+compiler, on another device, for other dtypes or layouts, and while a model is traced by `torch.compile` (whose own
+compiler fuses the plain operations), the functions here return None and `grid.py` does the work.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..spec import CENTERED_BITS, RAREST, level_bounds
-
-logger = logging.getLogger(__name__)
+from .compiler import load_library
 
 SOURCE = Path(__file__).with_name("grid.c")
-_FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
-_VARIANTS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
+_FLAGS = ("-O3", "-ffp-contract=off")
 _DTYPES = (torch.float32, torch.bfloat16)
 _ROWS, _COLUMNS, _ONE = range(3)
 _ELEMENTS_PER_THREAD = 1 << 14  # below that, waking another thread costs more than it saves
@@ -126,11 +114,8 @@ def name() -> str:
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """The library, built if need be; None, with the reason in the log, if that fails."""
-    try:
-        library = ctypes.CDLL(str(_build()))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home
-        logger.info("the C kernels are not available, quantizers run on torch operations: %s", error)
+    """The library, built if need be; None if that fails."""
+    if (library := load_library(SOURCE, _FLAGS)) is None:
         return None
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.cpq_forward.argtypes = [pointer] * 4 + [size] * 2 + [number] * 6
@@ -140,36 +125,6 @@ def load() -> ctypes.CDLL | None:
     library.cpq_try_steps.restype = None
     library.cpq_forward.restype, library.cpq_backward.restype, library.cpq_keep_gradient.restype = None, number, number
     return library
-
-
-def _build() -> Path:
-    compiler = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")))), None)
-    if compiler is None:
-        raise FileNotFoundError("no C compiler (cc, gcc or clang) on the path")
-    what = [SOURCE.read_text(encoding="utf-8"), compiler, str(_FLAGS), str(_VARIANTS), _machine()]
-    digest = hashlib.sha256("\0".join(what).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cpq_hf"
-    target = cache / f"grid-{digest}.so"
-    if target.exists():
-        return target
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        built = Path(folder) / "grid.so"
-        for variant in _VARIANTS:
-            command = [compiler, *_FLAGS, *variant, str(SOURCE), "-o", str(built), "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-            if done.returncode == 0:
-                built.replace(target)  # complete or not there, whoever else is building it
-                return target
-    raise OSError(f"{compiler} failed: {done.stderr.strip()[-500:]}")
-
-
-def _machine() -> str:
-    """What `-march=native` depends on: a cache folder may be shared by different machines."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    return f"{platform.system()} {platform.machine()} {features}"
 
 
 def _layout(x: Tensor, alpha: Tensor, last_levels: Tensor | None) -> tuple[int, int, int] | None:

@@ -5,7 +5,8 @@ A packed layer holds three buffers, those of compressed-tensors' `pack-quantized
     weight_packed int32 [rows, ceil(columns*bits/32)], weight_scale float32 [1] | [rows, groups], weight_shape int64
 
 and `input_scale` float32 [1] where its input is quantized. Its output equals, bit for bit, what the layer that trained
-gives in evaluation: levels and scales are the same numbers, multiplied in the same float32.
+gives in evaluation: levels and scales are the same numbers, multiplied in the same float32. A layer that is told to be
+`fast` (inference.py) adds up in another order instead, and never holds a float weight.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import grid
 from ..errors import CPQError
-from ..packing import pack, unpack, words_per_row
+from ..kernels.packed import dequantize, multiply
+from ..packing import pack, words_per_row
 from ..quantizer import from_grouped
 from ..spec import LayerSpec
 from .training import FixedVocabulary, TrainingLayer, conv1d_forward, drop_quantizers, swap_class
@@ -35,6 +37,7 @@ class PackedLayer(nn.Module):
     weight_packed: Tensor
     weight_scale: Tensor
     input_scale: Tensor
+    fast: bool = False  # multiply straight from the words, which rounds in another order: see inference.py
 
     @property
     def holder(self) -> PackedLayer:
@@ -43,9 +46,7 @@ class PackedLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight as floating-point numbers: shape of the float layer's, in the layer's dtype."""
-        weight, holder = self.spec.weight, self.holder
-        levels = unpack(holder.weight_packed, weight.bits, weight.columns)
-        return from_grouped(self._scaled(levels, holder.weight_scale), weight)
+        return from_grouped(self._dequantized(self.holder.weight_packed, self.holder.weight_scale), self.spec.weight)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input on the grid, or as it is where activations are not quantized."""
@@ -81,10 +82,17 @@ class PackedLayer(nn.Module):
         """How this layer is quantized."""
         return self.spec
 
-    def _scaled(self, levels: Tensor, scale: Tensor) -> Tensor:
-        """int8 `[rows, columns]` * scale of these rows -> `[rows, groups, columns/groups]` in the layer's dtype."""
-        grouped = levels.float().add_(self.spec.weight.offset).unflatten(1, (self.spec.weight.groups, -1))
-        return grouped.mul_(scale.view(1, 1, 1) if scale.dim() == 1 else scale.unsqueeze(-1)).to(self.dtype)
+    def fast_product(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """`x @ weight.T + bias` without a float weight, or None where the exact path is to do it."""
+        if not self.fast or (x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type)):
+            return None
+        weight, holder = self.spec.weight, self.holder
+        return multiply(x, holder.weight_packed, holder.weight_scale, bias, weight.bits, weight.offset)
+
+    def _dequantized(self, words: Tensor, scale: Tensor) -> Tensor:
+        """Packed rows -> `[rows, columns]` in the layer's dtype."""
+        weight = self.spec.weight
+        return dequantize(words, scale, weight.bits, weight.columns, weight.offset, self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         """Move everything, cast what the float layer would cast, but keep the scales float32."""
@@ -108,7 +116,9 @@ class PackedLinear(PackedLayer, nn.Linear):
     """`nn.Linear` from packed weights."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
+        x = self.quantized_input(input)
+        product = self.fast_product(x, self.bias)
+        return F.linear(x, self.quantized_weight(), self.bias) if product is None else product
 
 
 class PackedConv2d(PackedLayer, nn.Conv2d):
@@ -129,18 +139,18 @@ class PackedConv1D(PackedLayer, Conv1D):  # type: ignore[misc]
     """transformers' `Conv1D` from packed weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv1d_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
+        x = self.quantized_input(x)
+        product = self.fast_product(x, self.bias)
+        return conv1d_forward(x, self.quantized_weight(), self.bias) if product is None else product
 
 
 class PackedEmbedding(FixedVocabulary, PackedLayer, nn.Embedding):
     """`nn.Embedding` from packed weights: only the rows that are looked up are unpacked."""
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, holder = self.spec.weight, self.holder
-        rows = input.flatten()
-        levels = unpack(holder.weight_packed[rows], weight.bits, weight.columns)
+        holder, rows = self.holder, input.flatten()
         scale = holder.weight_scale if holder.weight_scale.dim() == 1 else holder.weight_scale[rows]
-        return self._scaled(levels, scale).flatten(1).view(*input.shape, weight.columns)
+        return self._dequantized(holder.weight_packed[rows], scale).view(*input.shape, self.spec.weight.columns)
 
 
 def packed_tensors(spec: LayerSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -207,7 +217,8 @@ def to_float(layer: Any, float_class: type[nn.Module], weight: nn.Parameter) -> 
     else:
         for name in packed_tensors(layer.spec):
             delattr(layer, name)
-        vars(layer).pop("_holder", None)
+        for name in ("_holder", "fast"):
+            vars(layer).pop(name, None)
         del layer.spec, layer.dtype
     swap_class(layer, float_class)
     layer.register_parameter("weight", weight)

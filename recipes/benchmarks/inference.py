@@ -1,0 +1,273 @@
+"""What it costs to run, load and pack a packed model, beside float32, bfloat16 and three peers.
+
+    python recipes/benchmarks/inference.py                 # a few minutes on two cores; --device cuda on a GPU
+
+Models have the shapes of known ones and random weights: speed does not depend on values. All methods take turns within
+a round; the table has medians of times, and medians of ratios to float32 within a round. Peers that are not installed
+are left out with a line that says so. Peers run in bfloat16, for which they are made; CPQ runs in float32.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module, metadata
+from pathlib import Path
+from statistics import median
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    HfArgumentParser,
+    LlamaConfig,
+    ResNetConfig,
+)
+
+from cpq_hf import CPQConfig, fast_inference, pack_model, prepare_model, summarize
+
+
+@dataclass
+class Arguments:
+    bits: int = field(default=4, metadata={"help": "bit-width of CPQ's weights; the peers have 4"})
+    granularity: str = field(default="channel", metadata={"help": "tensor, channel or group (of 128)"})
+    rounds: int = field(default=15, metadata={"help": "timed rounds, after two that are not counted"})
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda"})
+    layers: int = field(default=4, metadata={"help": "decoder layers, each of the shape of TinyLlama 1.1B's"})
+    parts: list[str] = field(default_factory=lambda: ["layer", "llama", "bert", "resnet", "load"])
+
+
+Step = Callable[[], object]
+LLAMA = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
+
+
+def llama(layers: int) -> nn.Module:
+    return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=32000, num_hidden_layers=layers, **LLAMA))
+
+
+def bert() -> nn.Module:
+    return BertModel(BertConfig(num_hidden_layers=4), add_pooling_layer=False)
+
+
+def resnet() -> nn.Module:
+    config = ResNetConfig(hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic")
+    return AutoModelForImageClassification.from_config(config)
+
+
+def seeded(build: Callable[[], nn.Module], device: str) -> nn.Module:
+    torch.manual_seed(0)
+    return build().eval().to(device)
+
+
+def cpq(model: nn.Module, args: Arguments) -> nn.Module:
+    return prepare_model(model, CPQConfig(args.bits, granularity=args.granularity, modules_to_not_convert=[]))
+
+
+def torchao_int4(model: nn.Module, device: str) -> nn.Module:
+    torchao = import_module("torchao.quantization")
+    if device == "cpu":  # 4 bits on a CPU are to be had from there only
+        prototype = import_module("torchao.prototype.quantization.int4.inference_workflow")
+        config = prototype.PrototypeInt4WeightOnlyConfig(group_size=128, set_inductor_config=False)
+    else:
+        config = torchao.Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d")
+    torchao.quantize_(model.bfloat16(), config)
+    return model
+
+
+def quanto_int4(model: nn.Module, device: str) -> nn.Module:
+    quanto = import_module("optimum.quanto")
+    quanto.quantize(model.bfloat16(), weights=quanto.qint4)
+    quanto.freeze(model)
+    return model
+
+
+PEERS = {"torchao int4": ("torchao", torchao_int4), "optimum-quanto int4": ("optimum-quanto", quanto_int4)}
+
+
+def installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        print(f"{distribution} is not installed: left out")
+        return False
+    return True
+
+
+def models(build: Callable[[], nn.Module], args: Arguments, skip: tuple[str, ...] = ()) -> dict[str, nn.Module]:
+    """`{method: model}`, all of the same weights; CPQ's two are one model, see [`timed`]."""
+    found = {"float32": seeded(build, args.device), "bfloat16": seeded(build, args.device).bfloat16()}
+    packed = pack_model(cpq(seeded(build, args.device), args))
+    found |= {"CPQ exact": packed, "CPQ fast": packed}
+    for name, (distribution, quantize) in PEERS.items():
+        if name not in skip and installed(distribution):
+            found[name] = quantize(seeded(build, args.device), args.device)
+    return found
+
+
+@torch.inference_mode()
+def timed(title: str, steps: dict[str, Step], models: dict[str, nn.Module], items: int, args: Arguments) -> None:
+    """Times of all steps in turns, as a table; `items` a step makes items a second."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for number in range(2 + args.rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            if name.startswith("CPQ"):
+                fast_inference(models[name], name == "CPQ fast")
+            start = time.perf_counter()
+            steps[name]()
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            if number >= 2:
+                times[name].append(time.perf_counter() - start)
+    print(f"\n| {title} | ms | a second | speed of float32 |\n|---|---|---|---|")
+    for name, values in times.items():
+        speed = median(base / own for base, own in zip(times["float32"], values, strict=True))
+        print(f"| {name} | {median(values) * 1e3:.2f} | {items / median(values):.1f} | {speed:.2f} |", flush=True)
+
+
+def decoder_step(model: nn.Module, batch: int, context: int = 32) -> Step:
+    """One token more for each of `batch` sequences, over a cache that is then as before."""
+    device, cache = next(model.parameters()).device, DynamicCache(config=model.config)
+    tokens = torch.randint(32000, (batch, context + 1), device=device)
+    with torch.inference_mode():
+        model(tokens[:, :context], past_key_values=cache)
+
+    def step() -> None:
+        model(tokens[:, context:], past_key_values=cache)
+        cache.crop(-1)
+
+    return step
+
+
+def matmul_nbits(weight: Tensor, accuracy_level: int) -> nn.Module:
+    """onnxruntime's 4-bit product, groups of 128; levels 1: float32 activations, 4: activations rounded to 8 bits."""
+    helper, ort = import_module("onnx.helper"), import_module("onnxruntime")
+    array = import_module("onnx.numpy_helper").from_array
+    rows, columns = weight.shape
+    packed = torch.randint(256, (rows, columns // 128, 64), dtype=torch.uint8)
+    attributes = {"K": columns, "N": rows, "bits": 4, "block_size": 128, "accuracy_level": accuracy_level}
+    node = helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", **attributes)
+    tensors = [array(packed.numpy(), "w"), array(torch.rand(rows * columns // 128).numpy(), "s")]
+    ends = [helper.make_tensor_value_info(name, 1, ["batch", size]) for name, size in (("x", columns), ("y", rows))]
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    graph = helper.make_graph([node], "layer", ends[:1], ends[1:], tensors)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or its threads disturb the others
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda x: session.run(None, {"x": x.float().numpy()})  # type: ignore[return-value]
+
+
+def one_layer(args: Arguments) -> None:
+    found = models(lambda: nn.Sequential(nn.Linear(4096, 4096, bias=False)), args)
+    if args.device == "cpu" and installed("onnxruntime") and installed("onnx"):
+        for level, words in ((1, "float32"), (4, "8-bit")):
+            found[f"onnxruntime MatMulNBits, {words} activations"] = matmul_nbits(found["float32"][0].weight, level)
+    for batch in (1, 4, 16):
+        x = torch.randn(batch, 4096, device=args.device)
+        inputs = {name: x if name == "float32" or name[:3] in ("CPQ", "onn") else x.bfloat16() for name in found}
+        steps = {name: partial(model, inputs[name]) for name, model in found.items()}
+        timed(f"Linear 4096 -> 4096, batch {batch}", steps, found, batch, args)
+
+
+def whole_models(args: Arguments) -> None:
+    if "llama" in args.parts:
+        found = models(partial(llama, args.layers), args)
+        for batch in (1, 4, 16):
+            steps = {name: decoder_step(model, batch) for name, model in found.items()}
+            timed(f"Llama, {args.layers} layers and head, step of batch {batch}: tokens", steps, found, batch, args)
+    if "bert" in args.parts:
+        found, tokens = models(bert, args), torch.randint(1000, (8, 64), device=args.device)
+        steps = {name: partial(model, tokens) for name, model in found.items()}
+        timed("BERT base, 4 layers, batch of 8 x 64 tokens: sequences", steps, found, 8, args)
+    if "resnet" in args.parts:
+        print("\ntorchao's 4 bits have no convolution: left out of the ResNet")
+        found, images = models(resnet, args, skip=("torchao int4",)), torch.randn(4, 3, 224, 224)
+        images = images.to(args.device)
+        inputs = {name: images.to(next(m.parameters()).dtype) for name, m in found.items()}
+        steps = {name: partial(model, inputs[name]) for name, model in found.items()}
+        timed("ResNet-18, 4 images of 224 x 224: images", steps, found, 4, args)
+
+
+def status(line: str) -> float:
+    """A line of /proc/self/status in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(value.split()[1]) / 1024 for value in lines if value.startswith(line + ":"))
+
+
+@torch.inference_mode()
+def load(folder: str, fast: bool) -> tuple[float, float, float, float, float]:
+    """In a process of its own: seconds to load, to the first token; MB of weights, resident, and at the peak."""
+    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=8, num_hidden_layers=1))(torch.tensor([[1]]))  # libraries
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    loaded = time.perf_counter() - start
+    if fast:
+        fast_inference(model)
+    model(torch.tensor([[1]]))
+    first = time.perf_counter() - start
+    for _ in range(3):
+        model(torch.tensor([[1]]))
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / 2**20
+    return loaded, first, weights, status("VmRSS") - before, status("VmHWM") - before
+
+
+def loading(args: Arguments) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        model = llama(args.layers)
+        model.save_pretrained(f"{folder}/float")
+        cpq(model, args)
+        size = sum(4 * layer.numel for layer in summarize(model).layers) / 1e6
+        start = time.perf_counter()
+        pack_model(model)
+        seconds = time.perf_counter() - start
+        model.save_pretrained(f"{folder}/packed")
+        print(f"\nPacking: {size:.0f} MB of float weights in {seconds:.2f} s, {size / seconds:.0f} MB/s\n")
+        print("| Llama from disk | file MB | load s | first token s | weights MB | resident MB | peak MB |")
+        print("|---|---|---|---|---|---|---|")
+        for name, kind, fast in (
+            ("float32", "float", False),
+            ("CPQ exact", "packed", False),
+            ("CPQ fast", "packed", True),
+        ):
+            file = sum(path.stat().st_size for path in Path(folder, kind).glob("*.safetensors")) / 2**20
+            results = []
+            for _ in range(3):
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    results.append(pool.apply(load, (f"{folder}/{kind}", fast)))
+            loaded, first, *sizes = (median(values) for values in zip(*results, strict=True))
+            cells = " | ".join(f"{value:.0f}" for value in sizes)
+            print(f"| {name} | {file:.0f} | {loaded:.2f} | {first:.2f} | {cells} |", flush=True)
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    transformers.utils.logging.disable_progress_bar()
+    print(
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, {args.device}, "
+        f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, CPQ {args.bits} bits per {args.granularity}, "
+        f"{args.rounds} rounds"
+    )
+    if "layer" in args.parts:
+        one_layer(args)
+    whole_models(args)
+    if "load" in args.parts and Path("/proc/self/clear_refs").exists():
+        loading(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 FORMAT = "pack-quantized"
 SIDE_FILE = "cpq_config.json"
 PACKABLE = ("linear", "experts")
+EXPERT_TARGET = r"re:.*\.experts\.\d+\.\w+$"  # under any name: vLLM asks for its own, transformers for the word
 SCALE_ERROR = 2**-8  # a scale in bfloat16 is off by no more
 # Of the largest output. Equal weights on the same device give the same bits but for the order of sums. Quantized inputs
 # make a jump of it where one lies at the border of two levels: `x/s + z` is rounded in place of `x/s`.
@@ -100,7 +101,7 @@ def export_compressed_tensors(
     with _rounded_scales(packed, containers):
         expected = run(model, inputs)
         untied = _untied(layers)
-        tensors, checksums, written = _tensors(model, layers, containers, untied)
+        tensors, checksums = _tensors(model, layers, containers, untied)
     rounding = difference(expected, as_trained)
     _warn(layers, containers, rounding, model.dtype)
 
@@ -109,7 +110,7 @@ def export_compressed_tensors(
     config.dtype = model.dtype
     if untied:
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-    config.quantization_config = _quantization_config(model, packed, containers, written)
+    config.quantization_config = _quantization_config(model, packed, containers)
     with _folder_in_place(directory) as folder:
         save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
         config.save_pretrained(folder)
@@ -162,7 +163,7 @@ def _checked_layers(model: PreTrainedModel) -> dict[str, PackedLayer]:
         kinds = ", ".join(sorted({layer_kind(layer) for layer in layers.values()}))
         raise CPQError(
             f"compressed-tensors has packed weights for Linear layers and experts only, and the model has none that "
-            f"are quantized (but {kinds}); {_alternative('the export would be a float model')}"
+            f"are quantized (only {kinds}): use cpq's own format (`save_pretrained`) or `cpq_hf.export_onnx`"
         )
     return layers
 
@@ -184,7 +185,7 @@ def _check_input(name: str, layer: PackedLayer, dtype: torch.dtype) -> None:
 
 
 def _alternative(other: str) -> str:
-    return f"use `cpq_hf.export_onnx`, or keep cpq's own format (`save_pretrained`); or {other}"
+    return f"use cpq's own format (`save_pretrained`) or `cpq_hf.export_onnx`, or {other}"
 
 
 def _is_packed_there(layer: PackedLayer) -> bool:
@@ -201,11 +202,11 @@ def _warn(
     dense = [name for name in layers if name not in containers]
     if dense:
         logger.warning(
-            "written in floating point, as compressed-tensors packs Linear layers and experts only: %s", ", ".join(dense)
+            "written in floating point, as compressed-tensors packs Linear layers and experts only: %s",
+            ", ".join(dense),
         )
-    widths = {layers[name].spec.activation for name in containers} - {None}
-    if any(activation.bits != MAX_BITS for activation in widths if activation is not None):
-        logger.warning("vLLM has quantized inputs of 8 bits only, so it will not run this export; transformers does")
+    if any(layers[name].spec.activation is not None for name in containers):
+        logger.warning("vLLM has no kernel for packed weights with static quantized inputs: this is for transformers")
     if rounding:
         logger.warning("scales are stored in %s, which moves outputs by up to %.1e of the largest", dtype, rounding)
 
@@ -240,8 +241,8 @@ def _untied(layers: Mapping[str, PackedLayer]) -> bool:
 
 def _tensors(
     model: Any, layers: Mapping[str, PackedLayer], containers: Mapping[str, Container], untied: bool
-) -> tuple[dict[str, Tensor], dict[str, int], list[str]]:
-    """What is stored, the CRC-32 of what is then loaded, and the stored names of single experts."""
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """What is stored, and the CRC-32 of what is then loaded."""
     ours = {f"{name}.{key}" for name, layer in layers.items() for key in layer._buffers}
     tied = {} if untied else (getattr(model, "all_tied_weights_keys", None) or {})
     skipped = {*tied, *(model._keys_to_ignore_on_save or ())} | ours
@@ -265,10 +266,21 @@ def _tensors(
     for name in stored:
         if experts and re.search(r"\.experts\.(\d+\.|gate_up_proj$|up_proj$|down_proj$)", name):
             raise CPQError(
-                f"`{name}` is in floating point while other experts are quantized, which transformers cannot load: "
-                f"{_alternative('quantize all experts or none')}"
+                f"`{name}` is in floating point while other experts are quantized, which transformers cannot load: use "
+                "cpq's own format (`save_pretrained`), or quantize all experts or none"
             )
-    return stored | experts, expected, list(experts)
+    return _unshared(stored | experts), expected
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor with a memory of its own, as files have them."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes or not tensor.is_contiguous():
+            tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(storage.data_ptr())
+    return tensors
 
 
 def _linear_tensors(name: str, layer: PackedLayer, container: Container) -> dict[str, Tensor]:
@@ -292,8 +304,8 @@ def _expert_tensors(model: Any, name: str, layer: PackedLayer, container: Contai
     if not split or any(not key.endswith(".weight") or part.dim() != 2 for key, part in split[0].items()):
         raise CPQError(
             f"the experts `{name}` of {type(model).__name__} are not stored one by one in checkpoints, and "
-            "transformers reads no other packed ones: "
-            f"{_alternative(f'leave them out with `modules_to_not_convert=[{name!r}]`')}"
+            "transformers reads no other packed ones: use cpq's own format (`save_pretrained`), or leave them in "
+            f"floating point with `modules_to_not_convert=[{name!r}]`"
         )
     tensors = {}
     for key, levels in split[0].items():
@@ -304,7 +316,7 @@ def _expert_tensors(model: Any, name: str, layer: PackedLayer, container: Contai
 def _weight_tensors(weight: str, levels: Tensor, scale: Tensor, container: Container) -> dict[str, Tensor]:
     return {
         f"{weight}_packed": pack(levels, container.bits),
-        f"{weight}_scale": scale.contiguous(),
+        f"{weight}_scale": scale,
         f"{weight}_shape": torch.tensor(levels.shape),
     }
 
@@ -323,17 +335,15 @@ def _checkpoint_names(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def _quantization_config(
-    model: Any, layers: Mapping[str, PackedLayer], containers: Mapping[str, Container], experts: list[str]
+    model: Any, layers: Mapping[str, PackedLayer], containers: Mapping[str, Container]
 ) -> dict[str, Any]:
-    schemes: dict[tuple[Container, ActivationSpec | None], list[str]] = {}
+    schemes: dict[tuple[bool, Container, ActivationSpec | None], list[str]] = {}
     for name, layer in layers.items():
-        schemes.setdefault((containers[name], layer.spec.activation), []).append(name)
-    groups = {}
-    for (container, activation), names in schemes.items():
-        linear = [name for name in names if layer_kind(layers[name]) == "linear"]
-        targets = _targets(linear, model.base_model_prefix)
-        if len(linear) < len(names):
-            targets.insert(0, _expert_target(experts))
+        schemes.setdefault((layer_kind(layer) == "experts", containers[name], layer.spec.activation), []).append(name)
+    groups: dict[str, Any] = {}
+    # experts first: transformers takes the first group with a target that has "experts" in it ("shared_experts" has)
+    for (of_experts, container, activation), names in sorted(schemes.items(), key=lambda item: not item[0][0]):
+        targets = [EXPERT_TARGET] if of_experts else _targets(names, model.base_model_prefix)
         groups[f"group_{len(groups)}"] = {
             "format": FORMAT,
             "targets": targets,
@@ -374,12 +384,6 @@ def _targets(names: list[str], prefix: str) -> list[str]:
         choice = f"({'|'.join(numbers)})" if len(numbers) > 1 else numbers[0]
         targets.append(f"re:{start}{re.escape(head)}{choice}{re.escape(tail)}$")
     return targets
-
-
-def _expert_target(names: list[str]) -> str:
-    """transformers finds the scheme of the experts by this word in a target."""
-    parts = sorted({re.sub(r".*\.experts\.\d+\.(.*)\.weight_\w+$", r"\1", name) for name in names})
-    return rf"re:.*\.experts\.\d+\.({'|'.join(map(re.escape, parts))})$"
 
 
 def _holders_of_matrices(model: Any) -> list[str]:

@@ -125,7 +125,10 @@ def check_reload(
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise CPQError(f"plain transformers cannot load what was exported, so it was not kept: {reason}")
+        raise CPQError(
+            f"plain transformers cannot load a {type(model).__name__} from compressed-tensors, so nothing was kept: "
+            f"{reason}. Use cpq's own format (`save_pretrained`) or `cpq_hf.export_onnx`"
+        )
     answer = json.loads((scratch / "answer.json").read_text(encoding="utf-8"))
     for kind, names in answer["problems"].items():
         if names:

@@ -10,42 +10,39 @@ import copy
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import save_torch_state_dict
-from torch import Tensor
+from packaging.version import Version
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from ..errors import CPQError
 from ..nn import PackedLayer
-from ..packing import pack
-from ..spec import MAX_BITS, MIN_BITS, ActivationSpec
+from ..spec import MAX_BITS, MIN_BITS
 from ..summary import summarize
 from ..surgery import layer_kind, packed_layers
 from ..version import __version__
-from .containers import Container, choose_containers, contained
-from .plain import checksum
+from .containers import Container, choose_containers
 from .reload import check_reload, default_inputs, difference, placed, run
+from .schemes import quantization_config
+from .stored import rounded_scales, stored_tensors
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "pack-quantized"
+OLDEST = "0.17"  # version of compressed-tensors with this layout of 3, 5, 6 and 7 bits
 SIDE_FILE = "cpq_config.json"
 PACKABLE = ("linear", "experts")
-EXPERT_TARGET = r"re:.*\.experts\.\d+\.\w+$"  # under any name: vLLM asks for its own, transformers for the word
-SCALE_ERROR = 2**-8  # a scale in bfloat16 is off by no more
-# Of the largest output. Equal weights on the same device give the same bits but for the order of sums. Quantized inputs
-# make a jump of it where one lies at the border of two levels: `x/s + z` is rounded in place of `x/s`.
-TOLERANCE, TOLERANCE_QUANTIZED_INPUTS = 1e-5, 1e-2
+# Of the largest output. Equal weights on the same device give the same bits, but for the order of sums. Of unsigned
+# inputs `x/s + z` is rounded instead of `x/s`: one that lies between two levels may then end at the other one.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+TOLERANCE_QUANTIZED_INPUTS = 1e-2
 
 
 def export_compressed_tensors(
@@ -68,8 +65,8 @@ def export_compressed_tensors(
         example_inputs (`dict`, *optional*): Keyword arguments of the model to compare outputs on. Models that take
             `input_ids` or `pixel_values` alone have a default.
         max_shard_size (`int` or `str`, defaults to `"50GB"`): As in `save_pretrained`.
-        container_bits (collection of `int`, defaults to 2 to 8): Widths that weights may be stored in, each in the next
-            one that holds it: `(4, 8)` for tools that have no others.
+        container_bits (collection of `int`, defaults to 2 to 8): Widths that weights may be stored in, each in the
+            next one that holds it: `(4, 8)` for tools that have no others.
 
     Returns:
         `dict`: `files`, `bytes` of the weights, `containers` (layer -> bits, None for floating point), `difference`
@@ -92,16 +89,17 @@ def export_compressed_tensors(
     directory = Path(directory)
     _check_environment(directory, container_bits)
     layers = _checked_layers(model)
+    model.eval()
     weights = {name: layer.spec.weight for name, layer in layers.items() if _is_packed_there(layer)}
     experts = [name for name in weights if layer_kind(layers[name]) == "experts"]
     containers = choose_containers(weights, experts, container_bits)
     packed = {name: layers[name] for name in containers}
+    untied = any(layer.holder is not layer for layer in packed.values())
     inputs = placed(model, default_inputs(model) if example_inputs is None else example_inputs)
     as_trained = run(model, inputs)
-    with _rounded_scales(packed, containers):
+    with rounded_scales(packed):
         expected = run(model, inputs)
-        untied = _untied(layers)
-        tensors, checksums = _tensors(model, layers, containers, untied)
+        tensors, checksums = stored_tensors(model, layers, containers, untied)
     rounding = difference(expected, as_trained)
     _warn(layers, containers, rounding, model.dtype)
 
@@ -110,7 +108,10 @@ def export_compressed_tensors(
     config.dtype = model.dtype
     if untied:
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-    config.quantization_config = _quantization_config(model, packed, containers)
+    matrices = [name for name, tensor in tensors.items() if name.endswith(".weight") and tensor.dim() > 1]
+    floats = {name.removesuffix(".weight") for name in matrices}  # under their names in the file, and in the model:
+    floats |= {*summarize(model).float_layers, *(layers.keys() - packed.keys())}
+    config.quantization_config = quantization_config(packed, containers, model.base_model_prefix, floats)
     with _folder_in_place(directory) as folder:
         save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
         config.save_pretrained(folder)
@@ -120,7 +121,7 @@ def export_compressed_tensors(
         scratch = folder / "check"
         scratch.mkdir()
         quantized_inputs = any(layer.spec.activation is not None for layer in packed.values())
-        tolerance = TOLERANCE_QUANTIZED_INPUTS if quantized_inputs else TOLERANCE
+        tolerance = TOLERANCE_QUANTIZED_INPUTS if quantized_inputs else TOLERANCE[model.dtype]
         apart = check_reload(model, folder, scratch, inputs, expected, checksums, tolerance)
         shutil.rmtree(scratch)
     files = sorted(directory.glob("*.safetensors"))
@@ -137,8 +138,14 @@ def export_compressed_tensors(
 
 
 def _check_environment(directory: Path, container_bits: Collection[int]) -> None:
-    if find_spec("compressed_tensors") is None:
-        raise CPQError("exporting needs the package compressed-tensors: pip install cpq-hf[export]")
+    try:
+        installed = version("compressed-tensors")
+    except PackageNotFoundError as error:
+        raise CPQError("exporting needs the package compressed-tensors: pip install cpq-hf[export]") from error
+    if Version(installed) < Version(OLDEST):
+        raise CPQError(
+            f"compressed-tensors {installed} has another layout; it takes {OLDEST}: pip install cpq-hf[export]"
+        )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CPQError(f"{directory} exists and is not an empty folder; choose another, nothing is overwritten")
     known = range(MIN_BITS, MAX_BITS + 1)
@@ -153,6 +160,8 @@ def _checked_layers(model: PreTrainedModel) -> dict[str, PackedLayer]:
         raise CPQError("the model is not packed: call `cpq_hf.pack_model(model)` first")
     if getattr(transformers, type(model).__name__, None) is not type(model):
         raise CPQError(f"{type(model).__name__} is not a class of transformers, so plain transformers cannot load it")
+    if model.dtype not in TOLERANCE:
+        raise CPQError(f"the model is {model.dtype}; export it in float32 (`model.float()`)")
     for name, tensor in model.state_dict().items():
         if tensor.is_meta:
             raise CPQError(f"`{name}` is offloaded or on the meta device; load the model to a real device first")
@@ -211,183 +220,7 @@ def _warn(
         logger.warning("scales are stored in %s, which moves outputs by up to %.1e of the largest", dtype, rounding)
 
 
-# --- tensors ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _rounded_scales(layers: Mapping[str, PackedLayer], containers: Mapping[str, Container]) -> Iterator[None]:
-    """For its duration, packed layers compute with the scales that are stored: those of the model's dtype."""
-    before = {name: layer.holder.weight_scale for name, layer in layers.items()}
-    rounded = {name: scale.to(layers[name].dtype).float() for name, scale in before.items()}
-    for name, scale in before.items():
-        if bool(((rounded[name] - scale).abs() > SCALE_ERROR * scale).any()):
-            raise CPQError(
-                f"the scales of `{name}` (down to {float(scale.min()):.1e}) are too small for {layers[name].dtype}: "
-                "export the model in float32 (`model.float()`) or bfloat16"
-            )
-    try:
-        for name, layer in layers.items():
-            layer.holder.weight_scale = rounded[name]
-        yield
-    finally:
-        for name, layer in layers.items():
-            layer.holder.weight_scale = before[name]
-
-
-def _untied(layers: Mapping[str, PackedLayer]) -> bool:
-    """Whether a weight that is shared in the model is stored twice: as a float embedding and as a packed head."""
-    return any(layer.holder is not layer and _is_packed_there(layer) for layer in layers.values())
-
-
-def _tensors(
-    model: Any, layers: Mapping[str, PackedLayer], containers: Mapping[str, Container], untied: bool
-) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """What is stored, and the CRC-32 of what is then loaded."""
-    ours = {f"{name}.{key}" for name, layer in layers.items() for key in layer._buffers}
-    tied = {} if untied else (getattr(model, "all_tied_weights_keys", None) or {})
-    skipped = {*tied, *(model._keys_to_ignore_on_save or ())} | ours
-    stored = {name: tensor for name, tensor in model.state_dict().items() if name not in skipped}
-    expected = {name: checksum(tensor) for name, tensor in stored.items()}
-    experts = {}
-    for name, layer in layers.items():
-        is_expert = layer_kind(layer) == "experts"
-        weight = name if is_expert else f"{name}.weight"
-        if weight in tied or (layer.holder is not layer and name not in containers):
-            continue
-        dense = layer.quantized_weight()
-        expected[weight] = checksum(dense)
-        if name not in containers:
-            stored[weight] = dense
-        elif is_expert:
-            experts |= _expert_tensors(model, name, layer, containers[name])
-        else:
-            stored |= _linear_tensors(name, layer, containers[name])
-    stored = _checkpoint_names(model, stored)
-    for name in stored:
-        if experts and re.search(r"\.experts\.(\d+\.|gate_up_proj$|up_proj$|down_proj$)", name):
-            raise CPQError(
-                f"`{name}` is in floating point while other experts are quantized, which transformers cannot load: use "
-                "cpq's own format (`save_pretrained`), or quantize all experts or none"
-            )
-    return _unshared(stored | experts), expected
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor with a memory of its own, as files have them."""
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes or not tensor.is_contiguous():
-            tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
-        seen.add(storage.data_ptr())
-    return tensors
-
-
-def _linear_tensors(name: str, layer: PackedLayer, container: Container) -> dict[str, Tensor]:
-    levels, scale = contained(layer, container)
-    tensors = _weight_tensors(f"{name}.weight", levels, scale.to(layer.dtype), container)
-    activation = layer.spec.activation
-    if activation is not None:
-        tensors[f"{name}.input_scale"] = layer.input_scale.clone()
-        if not activation.signed:  # levels 0 .. 2^b-1 are stored as signed ones
-            zero = -(2 ** (activation.bits - 1))
-            tensors[f"{name}.input_zero_point"] = torch.full_like(layer.input_scale, zero, dtype=torch.int8)
-    return tensors
-
-
-def _expert_tensors(model: Any, name: str, layer: PackedLayer, container: Container) -> dict[str, Tensor]:
-    """A stacked weight `[experts, out, in]` as single experts, in the way that transformers saves it."""
-    shape, split = layer.spec.weight.shape, []
-    if not layer.spec.weight.transposed:
-        stacked = contained(layer, container)
-        split = [_checkpoint_names(model, {name: part.view(*shape[:2], -1)}) for part in stacked]
-    if not split or any(not key.endswith(".weight") or part.dim() != 2 for key, part in split[0].items()):
-        raise CPQError(
-            f"the experts `{name}` of {type(model).__name__} are not stored one by one in checkpoints, and "
-            "transformers reads no other packed ones: use cpq's own format (`save_pretrained`), or leave them in "
-            f"floating point with `modules_to_not_convert=[{name!r}]`"
-        )
-    tensors = {}
-    for key, levels in split[0].items():
-        tensors |= _weight_tensors(key, levels, split[1][key].to(layer.dtype), container)
-    return tensors
-
-
-def _weight_tensors(weight: str, levels: Tensor, scale: Tensor, container: Container) -> dict[str, Tensor]:
-    return {
-        f"{weight}_packed": pack(levels, container.bits),
-        f"{weight}_scale": scale,
-        f"{weight}_shape": torch.tensor(levels.shape),
-    }
-
-
-def _checkpoint_names(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as `save_pretrained` of a model that is not ours would write them: names of the Hub, single experts."""
-    kept = vars(model).pop("_weight_conversions", None)
-    try:
-        return revert_weight_conversion(model, tensors)
-    finally:
-        if kept is not None:
-            model._weight_conversions = kept
-
-
-# --- configs ---------------------------------------------------------------------------------------------------------
-
-
-def _quantization_config(
-    model: Any, layers: Mapping[str, PackedLayer], containers: Mapping[str, Container]
-) -> dict[str, Any]:
-    schemes: dict[tuple[bool, Container, ActivationSpec | None], list[str]] = {}
-    for name, layer in layers.items():
-        schemes.setdefault((layer_kind(layer) == "experts", containers[name], layer.spec.activation), []).append(name)
-    groups: dict[str, Any] = {}
-    # experts first: transformers takes the first group with a target that has "experts" in it ("shared_experts" has)
-    for (of_experts, container, activation), names in sorted(schemes.items(), key=lambda item: not item[0][0]):
-        targets = [EXPERT_TARGET] if of_experts else _targets(names, model.base_model_prefix)
-        groups[f"group_{len(groups)}"] = {
-            "format": FORMAT,
-            "targets": targets,
-            "weights": _arguments(container.bits, container.group_size, "channel"),
-            "input_activations": activation and _arguments(activation.bits, None, "tensor", bool(activation.signed)),
-            "output_activations": None,
-        }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": FORMAT,
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": [name for name in _holders_of_matrices(model) if name not in containers],
-    }
-
-
-def _arguments(bits: int, group_size: int | None, strategy: str, symmetric: bool = True) -> dict[str, Any]:
-    return {
-        "num_bits": bits,
-        "type": "int",
-        "symmetric": symmetric,
-        "strategy": strategy if group_size is None else "group",
-        "group_size": group_size,
-        "dynamic": False,
-    }
-
-
-def _targets(names: list[str], prefix: str) -> list[str]:
-    """Regular expressions for exactly these layers, in the whole model and in its base model; few, as all are tried."""
-    places: dict[tuple[str, ...], list[str]] = {}
-    for name in names:
-        head, number, tail = re.fullmatch(r"(.*?)(\d*)((?<=\d)\..*|)", name).groups()  # type: ignore[union-attr]
-        places.setdefault((head, tail), []).append(number)
-    targets = []
-    for (head, tail), numbers in places.items():
-        start = f"({re.escape(prefix)}\\.)?" if prefix and head.startswith(f"{prefix}.") else ""
-        head = head.removeprefix(f"{prefix}.") if start else head
-        choice = f"({'|'.join(numbers)})" if len(numbers) > 1 else numbers[0]
-        targets.append(f"re:{start}{re.escape(head)}{choice}{re.escape(tail)}$")
-    return targets
-
-
-def _holders_of_matrices(model: Any) -> list[str]:
-    return [*summarize(model).float_layers, *(name for name, _ in packed_layers(model))]
+# --- what is written beside the tensors -----------------------------------------------------------------------------
 
 
 def _side_file(model: Any, containers: Mapping[str, Container]) -> dict[str, Any]:

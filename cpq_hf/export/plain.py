@@ -1,7 +1,7 @@
 """The other side of an export's check: a program that loads a folder as someone without cpq_hf does.
 
 Run by path, with a folder that holds `request.json` (the class, where the model is, how to run it) and
-`inputs.safetensors`; leaves `outputs.safetensors` and `answer.json` (CRC-32 of every tensor of the loaded model) there.
+`inputs.safetensors`; leaves `outputs.safetensors` there, and `answer.json` with the CRC-32 of every tensor it loaded.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ def outputs(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
+def checksums(model: Any) -> dict[str, int]:
+    """CRC-32 of all parameters and buffers, those included that no file holds."""
+    return {name: checksum(tensor) for name, tensor in (model.state_dict() | dict(model.named_buffers())).items()}
+
+
 def main(folder: Path) -> None:
     sys.modules["cpq_hf"] = None  # type: ignore[assignment]  # importing it is an ImportError from here on
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
@@ -47,7 +52,7 @@ def main(folder: Path) -> None:
     save_file(outputs(model, tensors | request["inputs"]), folder / "outputs.safetensors")
     answer = {
         "problems": {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys")},
-        "checksums": {name: checksum(tensor) for name, tensor in model.state_dict().items()},
+        "checksums": checksums(model),
     }
     (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
 

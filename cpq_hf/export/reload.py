@@ -136,13 +136,21 @@ def check_reload(
                 f"plain transformers reports {kind.replace('_', ' ')} in what was exported, so it was not kept: "
                 f"{', '.join(names[:5])} ({len(names)} in all)"
             )
+    in_files = model.state_dict().keys()
     for name, value in checksums.items():
         if answer["checksums"].get(name) != value:
-            raise CPQError(f"plain transformers reads another `{name}` than was exported, so it was not kept")
+            reason = f"plain transformers reads another `{name}` than was exported, so it was not kept"
+            if name not in in_files and name in dict(model.named_buffers()):
+                reason += (
+                    ". No file holds it, and casting a model in hand changes it: load the packed model with "
+                    "`from_pretrained(..., dtype=...)` instead"
+                )
+            raise CPQError(reason)
     apart = difference(load_file(scratch / "outputs.safetensors"), {k: v.cpu() for k, v in expected.items()})
     if not apart <= tolerance:
         raise CPQError(
             f"in plain transformers the outputs are off by {apart:.1e} of the largest, more than {tolerance:.0e}, so "
-            "the export was not kept. The weights are equal: compare in float32 on the CPU (`model.float().cpu()`)"
+            "the export was not kept, although all weights are equal: the model in hand computes otherwise (a hook, "
+            "a replaced `forward`, a kernel)"
         )
     return apart

@@ -456,7 +456,7 @@ FAULTS = {
         compressed_tensors,
         "quantization_config",
         lambda make: lambda *args: make(*args) | {"config_groups": {}},
-        r"(unexpected|missing) keys",
+        r"(unexpected|missing) keys|cannot load",
     ),
 }
 

@@ -119,7 +119,8 @@ def _expert_tensors(model: Any, name: str, layer: PackedLayer, container: Contai
         )
     tensors: dict[str, Tensor] = {}
     for key, levels in split[0].items():
-        tensors |= _weight_tensors(key, levels, split[1][key].to(layer.dtype), container)
+        scale = split[1][key].view(len(levels), -1)  # 5.17 drops dimensions of 1
+        tensors |= _weight_tensors(key, levels, scale.to(layer.dtype), container)
     return tensors
 
 

@@ -24,6 +24,7 @@ import cpq_hf
 from cpq_hf import CPQConfig, CPQError, calibrate_model, export_compressed_tensors, pack_model, prepare_model
 from cpq_hf.export import compressed_tensors, plain, reload, stored
 from cpq_hf.export.containers import Container, choose_containers, contained
+from cpq_hf.packing import unpack
 from cpq_hf.spec import WeightSpec
 from cpq_hf.surgery import packed_layers
 
@@ -130,9 +131,8 @@ def test_containers_hold_the_same_numbers(bits):
         prepare_model(nn.Sequential(nn.Linear(45, 8)), CPQConfig(weight_bits=bits, modules_to_not_convert=[]))
     )[0]
     for container in (Container(8, None), Container(bits + (bits == 2), None), Container(8, 15)):
-        levels, scale = contained(layer, container)
-        assert -(2 ** (container.bits - 1)) <= int(levels.min())
-        assert int(levels.max()) < 2 ** (container.bits - 1)
+        words, scale = contained(layer, container)
+        levels = unpack(words, container.bits, 45)
         assert scale.shape == (8, 45 // (container.group_size or 45))
         weight = levels.float().view(8, scale.shape[1], -1) * scale[..., None]
         assert torch.equal(weight.view(8, 45), layer.quantized_weight())
@@ -142,7 +142,8 @@ def test_the_centred_grid_of_2_bits_takes_3():
     layer = pack_model(
         prepare_model(nn.Sequential(nn.Linear(64, 8)), CPQConfig(weight_bits=2, modules_to_not_convert=[]))
     )[0]
-    levels, scale = contained(layer, Container(3, None))
+    words, scale = contained(layer, Container(3, None))
+    levels = unpack(words, 3, 64)
     assert set(levels.flatten().tolist()) == {-3, -1, 1, 3}
     assert torch.equal(scale, layer.weight_scale / 2)
     plain_grid = pack_model(
@@ -414,8 +415,8 @@ def test_refused_folders_and_arguments(tmp_path, monkeypatch):
 # --- the check can fail ----------------------------------------------------------------------------------------------
 
 
-def flipped(pack):
-    return lambda levels, bits: pack(levels.flip(0), bits)
+def flipped(contained):
+    return lambda *args: (contained(*args)[0].flip(0), contained(*args)[1])
 
 
 def one_weight_off(tensors):
@@ -437,7 +438,7 @@ def one_tensor_less(tensors):
 
 
 FAULTS = {
-    "rows": (stored, "pack", flipped, r"reads another `model.layers.0.self_attn.q_proj.weight`"),
+    "rows": (stored, "contained", flipped, r"reads another `model.layers.0.self_attn.q_proj.weight`"),
     "a float weight": (compressed_tensors, "stored_tensors", one_weight_off, r"reads another `model.norm.weight`"),
     "a missing tensor": (compressed_tensors, "stored_tensors", one_tensor_less, r"missing keys.*: model.norm.weight"),
     "outputs": (

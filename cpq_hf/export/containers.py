@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import CPQError
 from ..lengths import ties
 from ..nn import PackedLayer
-from ..packing import unpack
+from ..packing import pack, unpack
 from ..spec import WeightSpec
 
 EXPERTS = -1  # the number of the set that holds the experts of all layers; others count from 0
@@ -63,16 +63,18 @@ def choose_containers(
 
 
 def contained(layer: PackedLayer, container: Container) -> tuple[Tensor, Tensor]:
-    """Levels and float32 scales of a packed weight as its container has them.
+    """Words and scales of a packed weight as its container has them.
 
     Returns:
-        `tuple[Tensor, Tensor]`: Levels, int8 `[rows, columns]`, and scales `[rows, columns / group_size]`.
+        `tuple[Tensor, Tensor]`: int32 `[rows, words per row]`, and float32 `[rows, columns / group_size]`.
     """
-    weight, holder = layer.spec.weight, layer.holder
-    levels, scale = unpack(holder.weight_packed, weight.bits, weight.columns), holder.weight_scale
-    if weight.offset:  # (q + 1/2) s = (2q + 1) s/2
-        levels, scale = levels.mul_(2).add_(1), scale / 2
+    weight, words, scale = layer.spec.weight, layer.holder.weight_packed, layer.holder.weight_scale
+    if container.bits != weight.bits:
+        levels = unpack(words, weight.bits, weight.columns)
+        if weight.offset:  # (q + 1/2) s = (2q + 1) s/2
+            levels, scale = levels.mul_(2).add_(1), scale / 2
+        words = pack(levels, container.bits)
     groups = 1 if container.group_size is None else weight.columns // container.group_size
     if scale.dim() == 1:
-        return levels, scale.expand(weight.rows, groups)
-    return levels, scale.repeat_interleave(groups // scale.shape[1], dim=1)
+        return words, scale.expand(weight.rows, groups)
+    return words, scale.repeat_interleave(groups // scale.shape[1], dim=1)

@@ -13,7 +13,6 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ..errors import CPQError
 from ..nn import PackedLayer
-from ..packing import pack
 from ..surgery import layer_kind
 from .containers import Container, contained
 from .plain import checksum
@@ -94,8 +93,8 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _linear_tensors(name: str, layer: PackedLayer, container: Container) -> dict[str, Tensor]:
-    levels, scale = contained(layer, container)
-    tensors = _weight_tensors(f"{name}.weight", levels, scale.to(layer.dtype), container)
+    words, scale = contained(layer, container)
+    tensors = _weight_tensors(f"{name}.weight", words, scale.to(layer.dtype), layer.spec.weight.columns)
     activation = layer.spec.activation
     if activation is not None:
         tensors[f"{name}.input_scale"] = layer.input_scale.clone()
@@ -111,25 +110,22 @@ def _expert_tensors(model: Any, name: str, layer: PackedLayer, container: Contai
     if not layer.spec.weight.transposed:
         stacked = contained(layer, container)
         split = [_checkpoint_names(model, {name: part.view(*shape[:2], -1)}) for part in stacked]
-    if not split or any(not key.endswith(".weight") or part.dim() != 2 for key, part in split[0].items()):
+    if not split or any(not key.endswith(".weight") or part.dim() > 2 for key, part in split[0].items()):
         raise CPQError(
             f"the experts `{name}` of {type(model).__name__} are not stored one by one in checkpoints, and "
             "transformers reads no other packed ones: use cpq's own format (`save_pretrained`), or leave them in "
             f"floating point with `modules_to_not_convert=[{name!r}]`"
         )
     tensors: dict[str, Tensor] = {}
-    for key, levels in split[0].items():
-        scale = split[1][key].view(len(levels), -1)  # 5.17 drops dimensions of 1
-        tensors |= _weight_tensors(key, levels, scale.to(layer.dtype), container)
+    for key, words in split[0].items():
+        words, scale = (part[key].view(len(words), -1) for part in split)  # 5.17 drops dimensions of 1
+        tensors |= _weight_tensors(key, words, scale.to(layer.dtype), layer.spec.weight.columns)
     return tensors
 
 
-def _weight_tensors(weight: str, levels: Tensor, scale: Tensor, container: Container) -> dict[str, Tensor]:
-    return {
-        f"{weight}_packed": pack(levels, container.bits),
-        f"{weight}_scale": scale,
-        f"{weight}_shape": torch.tensor(levels.shape),
-    }
+def _weight_tensors(weight: str, words: Tensor, scale: Tensor, columns: int) -> dict[str, Tensor]:
+    shape = torch.tensor([len(words), columns])
+    return {f"{weight}_packed": words, f"{weight}_scale": scale, f"{weight}_shape": shape}
 
 
 def _checkpoint_names(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,13 +3,13 @@
 from .controller import CPQController
 from .distillation import distill, distillation_loss
 from .errors import CPQError
+from .export import export_compressed_tensors
 from .hf import CPQCallback, CPQConfig, CPQOptimizer, pack_model, prepare_model, verify_checkpoint
 from .inference import fast_inference
 from .lengths import bit_penalty
 from .summary import summarize
 from .surgery import calibrate_model
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [
     "CPQCallback",
@@ -21,6 +21,7 @@ __all__ = [
     "calibrate_model",
     "distill",
     "distillation_loss",
+    "export_compressed_tensors",
     "fast_inference",
     "pack_model",
     "prepare_model",

@@ -3,6 +3,7 @@
 from .controller import CPQController
 from .distillation import distill, distillation_loss
 from .errors import CPQError
+from .export import export_onnx
 from .hf import CPQCallback, CPQConfig, CPQOptimizer, pack_model, prepare_model, verify_checkpoint
 from .lengths import bit_penalty
 from .summary import summarize
@@ -20,6 +21,7 @@ __all__ = [
     "calibrate_model",
     "distill",
     "distillation_loss",
+    "export_onnx",
     "pack_model",
     "prepare_model",
     "summarize",

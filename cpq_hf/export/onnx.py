@@ -7,29 +7,26 @@ model before it gets its name.
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import logging
 import os
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CPQError
-from ..nn import PackedConv1D, PackedEmbedding, PackedExpertWeight, PackedLayer, PackedLinear
+from ..nn import PackedExpertWeight
 from ..surgery import packed_layers, training_layers
-from .onnx_lowering import DOMAIN, Lowering, opset
+from .onnx_lowering import Lowering
+from .onnx_trace import DynamicShapes, call, copy_of_structure, first_line, flat_outputs, silence, trace
 
 EXTERNAL_ABOVE = 2**31 - 2**24  # bytes of tensors; a protobuf file ends at 2 GiB
 # Largest difference to the model's outputs, in parts of the largest output: float32 sums in another order; and where
 # inputs are quantized, one such sum that falls on the other side of a level, and what follows from it.
 TOLERANCE, TOLERANCE_WITH_ACTIVATIONS = 1e-4, 5e-2
-DynamicShapes: TypeAlias = Mapping[str, Mapping[int, str]]
+SMALLEST = 1e-6  # outputs below are zero
 
 
 def export_onnx(
@@ -51,7 +48,8 @@ def export_onnx(
         example_inputs (`dict` or `Tensor`): Model inputs: a dict is passed as keyword arguments, a tensor as the only
             argument. Anything in the dict that is no tensor is fixed in the file.
         dynamic_shapes (`dict`, *optional*): `{input: {dimension: name}}` of all sizes that may change. By default the
-            first dimension of every input, `"batch"`, and the second of inputs of integers, `"sequence"`.
+            first dimension of every input, `"batch"`, and the second of inputs of integers, `"sequence"`. A tensor
+            by itself is called `"input"`.
         fused_matmul (`bool`, defaults to False): Write linear layers in the form that ONNX Runtime fuses into
             `MatMulNBits`: many times faster, but inputs are rounded to 8 bits unless the session has the entry
             `session.qdq_matmulnbits_accuracy_level` set to `1` (under which the file is compared here).
@@ -83,12 +81,14 @@ def export_onnx(
         raise CPQError(f"{path.parent}: no such folder; make it before exporting into it")
     inputs, by_name = _as_dict(example_inputs)
     shapes = _default_shapes(inputs) if dynamic_shapes is None else dynamic_shapes
-    exported = _copy_of_structure(model)
+    if unknown := sorted(set(shapes) - set(inputs)):
+        raise CPQError(f"`dynamic_shapes` names {unknown[0]!r}, which is no input; there are {', '.join(inputs)}")
+    exported = copy_of_structure(model)
     examples = [inputs, {name: _resized(value, shapes.get(name, {})) for name, value in inputs.items()}]
-    expected = [_flat_outputs(_call(exported, example, by_name)) for example in examples]
+    expected = [flat_outputs(call(exported, example, by_name)) for example in examples]
     layers = dict(packed_layers(exported))
-    with _silence():
-        graph_model = _trace(exported, layers, inputs, by_name, shapes, list(expected[0]))
+    with silence():
+        graph_model = trace(exported, layers, inputs, by_name, shapes, list(expected[0]))
         Lowering(graph_model, layers, fused_matmul).run()
     tolerance = TOLERANCE_WITH_ACTIVATIONS if any(layer.spec.activation for layer in layers.values()) else TOLERANCE
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
@@ -164,121 +164,6 @@ def _resized(value: Any, names: Mapping[int, str]) -> Any:
     return value
 
 
-# --- trace -----------------------------------------------------------------------------------------------------------
-
-
-def _copy_of_structure(model: nn.Module) -> Any:
-    """A copy whose modules can be changed; it shares every tensor with the model."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    copied = copy.deepcopy(model, shared).eval()
-    if hasattr(getattr(copied, "config", None), "use_cache"):
-        copied.config.use_cache = False  # type: ignore[union-attr]  # a config of transformers
-    return copied
-
-
-def _call(model: nn.Module, inputs: Mapping[str, Any], by_name: bool) -> Any:
-    with torch.no_grad():
-        return model(**inputs) if by_name else model(*inputs.values())
-
-
-def _flat_outputs(outputs: Any, name: str = "output") -> dict[str, Tensor]:
-    """Every tensor of a model's output by its name: key of a dict, or `output` and its place in a tuple."""
-    if isinstance(outputs, Tensor):
-        return {name: outputs}
-    if isinstance(outputs, Mapping):
-        named = [(key if name == "output" else f"{name}_{key}", value) for key, value in outputs.items()]
-    elif isinstance(outputs, (tuple, list)):
-        named = [(f"{name}_{place}", value) for place, value in enumerate(outputs)]
-    elif outputs is None:
-        return {}
-    else:
-        raise CPQError(f"`{name}` of the model is a {type(outputs).__name__}, not a tensor, and has no place in ONNX")
-    return {key: tensor for inner, value in named for key, tensor in _flat_outputs(value, inner).items()}
-
-
-def _placeholder(kind: str, layer: str, inputs: tuple[Tensor | None, ...], shape: Any) -> Tensor:
-    return torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{kind}", inputs, {"layer": layer}, dtype=torch.float32, shape=shape, version=1
-    )
-
-
-def _put_placeholders(layer: Any, name: str) -> None:  # Any: methods are replaced, which mypy forbids
-    """Make a layer of the copy leave placeholders in a trace where it computes with integers."""
-    weight = layer.spec.weight
-
-    def linear(x: Tensor) -> Tensor:
-        rows = layer.quantized_input(x.reshape(-1, weight.columns))  # [..., in] -> [n, in]
-        y = _placeholder("Linear", name, (rows, layer.bias), (rows.shape[0], weight.rows))
-        return y.reshape(*x.shape[:-1], weight.rows)
-
-    def embedding(input: Tensor) -> Tensor:
-        rows = input.reshape(-1)
-        return _placeholder("Embedding", name, (rows,), (rows.shape[0], weight.columns)).reshape(
-            *input.shape, weight.columns
-        )
-
-    layer.quantized_weight = lambda: _placeholder("Weight", name, (), weight.shape)
-    if layer.spec.activation is not None:
-        layer.quantized_input = lambda x: _placeholder("Input", name, (x,), x.shape)
-    if isinstance(layer, (PackedLinear, PackedConv1D)):
-        layer.forward = linear
-    elif isinstance(layer, PackedEmbedding):
-        layer.forward = embedding
-
-
-def _trace(
-    model: nn.Module,
-    layers: Mapping[str, PackedLayer],
-    inputs: Mapping[str, Any],
-    by_name: bool,
-    shapes: DynamicShapes,
-    output_names: list[str],
-) -> Any:
-    for name, layer in layers.items():
-        _put_placeholders(layer, name)
-    # a size of 1 would be taken for a constant
-    inputs = {
-        name: value.repeat(
-            [2 if size == 1 and place in shapes.get(name, {}) else 1 for place, size in enumerate(value.shape)]
-        )
-        if isinstance(value, Tensor)
-        else value
-        for name, value in inputs.items()
-    }
-    named = {name: dict(shapes.get(name, {})) or None for name in inputs}
-    try:
-        return torch.onnx.export(
-            model,
-            () if by_name else tuple(inputs.values()),
-            kwargs=dict(inputs) if by_name else None,
-            dynamic_shapes=named if by_name else tuple(named.values()),
-            output_names=output_names,
-            opset_version=opset(layers),
-            dynamo=True,
-            verbose=False,
-        ).model
-    except Exception as error:  # torch.onnx wraps whatever the model's own code raised
-        cause = error.__cause__ or error
-        raise CPQError(
-            f"torch cannot trace this model for ONNX: {type(cause).__name__}: {str(cause).strip().splitlines()[0]}. "
-            "A size that the model fixes must not be in `dynamic_shapes`; what depends on values of tensors needs "
-            "another form, or the packed checkpoint itself"
-        ) from error
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keep the notes of the exporters, which are for people who write exporters, off the user's screen."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
 # --- write and compare -----------------------------------------------------------------------------------------------
 
 
@@ -304,16 +189,26 @@ def _compare(
     options.log_severity_level = 3
     if fused_matmul:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
-    feeds = {item.name: tensor.numpy() for item, tensor in zip(session.get_inputs(), tensors, strict=True)}
-    outputs = session.run(list(expected), feeds)
+    tensors = {name: value.numpy() for name, value in inputs.items() if isinstance(value, Tensor)}
+    try:
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        outputs = session.run(list(expected), tensors)
+    except Exception as error:  # the runtime has an exception for each of its states, with no base of their own
+        raise CPQError(
+            f"onnxruntime {onnxruntime.__version__} does not run the exported model: {first_line(error)}"
+        ) from error
     for (name, want), output in zip(expected.items(), outputs, strict=True):
-        difference = (torch.from_numpy(output).double() - want.double()).abs().max() / want.abs().max().clamp(min=1e-6)
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors.values())
+        where = f"for inputs of shape {shapes} the output `{name}` in ONNX Runtime"
+        if output.shape != tuple(want.shape):
+            raise CPQError(f"{where} has shape {list(output.shape)}, the model's {list(want.shape)}; {_FIXED}")
+        largest = want.double().abs().max().clamp(min=SMALLEST)
+        difference = float((torch.from_numpy(output).double() - want.double()).abs().max() / largest)
         if not difference <= tolerance:
-            shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
             raise CPQError(
-                f"for inputs of shape {shapes} the output `{name}` in ONNX Runtime differs from the model's by "
-                f"{difference:.1e} of its largest value, more than {tolerance:.0e}: the model computes something that "
-                "its trace fixed (give `dynamic_shapes` with the sizes that may change), or the runtime has a fault"
+                f"{where} differs from the model's by {difference:.1e} of its largest value, more than "
+                f"{tolerance:.0e}; {_FIXED}"
             )
+
+
+_FIXED = "a trace fixes what depends on sizes or values in Python: export with inputs like those it will get"

@@ -3,7 +3,7 @@
 from .controller import CPQController
 from .distillation import distill, distillation_loss
 from .errors import CPQError
-from .export import export_compressed_tensors
+from .export import export_compressed_tensors, export_onnx
 from .hf import CPQCallback, CPQConfig, CPQOptimizer, pack_model, prepare_model, verify_checkpoint
 from .inference import fast_inference
 from .lengths import bit_penalty
@@ -22,6 +22,7 @@ __all__ = [
     "distill",
     "distillation_loss",
     "export_compressed_tensors",
+    "export_onnx",
     "fast_inference",
     "pack_model",
     "prepare_model",

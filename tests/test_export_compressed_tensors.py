@@ -322,6 +322,16 @@ def test_shards_base_model_and_generation_config(tmp_path, in_process):
         assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
 
 
+def test_fast_inference_does_not_matter(tmp_path, in_process):
+    model = packed("llama", weight_bits=3)
+    exact = logits(model, inputs("llama"))
+    fast = {name: layer.fast for name, layer in packed_layers(cpq_hf.fast_inference(model))}
+    report = export_compressed_tensors(model, tmp_path / "out", example("llama"))
+    assert report["difference"] == 0
+    assert {name: layer.fast for name, layer in packed_layers(model)} == fast
+    assert torch.equal(logits(auto_class("llama").from_pretrained(tmp_path / "out"), inputs("llama")), exact)
+
+
 def test_default_inputs(tmp_path, in_process):
     (tmp_path / "empty").mkdir()
     assert export_compressed_tensors(packed("llama"), tmp_path / "empty")["difference"] == 0

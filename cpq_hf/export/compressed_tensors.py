@@ -32,7 +32,7 @@ from ..version import __version__
 from .containers import Container, choose_containers
 from .reload import check_reload, default_inputs, difference, placed, run
 from .schemes import quantization_config
-from .stored import rounded_scales, stored_tensors
+from .stored import exact, rounded_scales, stored_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +96,11 @@ def export_compressed_tensors(
     packed = {name: layers[name] for name in containers}
     untied = any(layer.holder is not layer for layer in packed.values())
     inputs = placed(model, default_inputs(model) if example_inputs is None else example_inputs)
-    with rounded_scales(packed):
-        expected = run(model, inputs)
-        tensors, checksums = stored_tensors(model, layers, containers, untied)
-    rounding = 0.0 if model.dtype == torch.float32 else difference(expected, run(model, inputs))
+    with exact(layers):
+        with rounded_scales(packed):
+            expected = run(model, inputs)
+            tensors, checksums = stored_tensors(model, layers, containers, untied)
+        rounding = 0.0 if model.dtype == torch.float32 else difference(expected, run(model, inputs))
     _warn(layers, containers, rounding, model.dtype)
 
     config = copy.deepcopy(model.config)

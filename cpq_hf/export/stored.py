@@ -21,6 +21,19 @@ SCALE_ERROR = 2**-8  # a scale in bfloat16 is off by no more
 
 
 @contextmanager
+def exact(layers: Mapping[str, PackedLayer]) -> Iterator[None]:
+    """For its duration, packed layers compute as in training, whatever `fast_inference` has switched on."""
+    before = {name: layer.fast for name, layer in layers.items()}
+    try:
+        for layer in layers.values():
+            layer.fast = False
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.fast = before[name]
+
+
+@contextmanager
 def rounded_scales(layers: Mapping[str, PackedLayer]) -> Iterator[None]:
     """For its duration, packed layers compute with the scales that are stored: those of the model's dtype."""
     before = {name: layer.holder.weight_scale for name, layer in layers.items()}

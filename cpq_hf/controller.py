@@ -150,6 +150,11 @@ class CPQController:
         self.step = step
         self._apply_schedule()
 
+    def advance(self, optimizer: torch.optim.Optimizer) -> None:
+        """Count one optimizer step, after its backward pass: for optimizers that call their hooks once a parameter
+        group and not once a step, as under DeepSpeed. `detach` the controller from the optimizer then."""
+        self._before_step(optimizer)
+
     def detach(self) -> None:
         """Remove the hook; the quantizers stay as they are."""
         self._stop_measuring()

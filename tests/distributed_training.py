@@ -44,7 +44,7 @@ class KilledAfter(TrainerCallback):
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path)
-    parser.add_argument("--launcher", choices=["one", "ddp", "fsdp2"], default="one")
+    parser.add_argument("--launcher", choices=["one", "ddp", "fsdp2", "zero2", "zero3"], default="one")
     parser.add_argument("--model", default="llama")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=1)
@@ -70,6 +70,26 @@ def main() -> None:
                 "cpu_ram_efficient_loading": False,
             },
         }
+    if args.launcher.startswith("zero"):
+        fields = {
+            "deepspeed": {
+                "zero_optimization": {
+                    "stage": int(args.launcher[-1]),
+                    "stage3_gather_16bit_weights_on_model_save": True,
+                },
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+                "train_micro_batch_size_per_gpu": "auto",
+                "gradient_accumulation_steps": "auto",
+                "gradient_clipping": "auto",
+            }
+        }
+    tied = args.model == "llama-tied"
+    learned = {"weight_bits": 5, "learn_bits": True, "target_bits": 3.0} if args.learn else {"weight_bits": 3}
+    config = CPQConfig(activation_bits=8, quantize_embeddings=tied, **learned)
+    # before the arguments: under ZeRO-3, models that are made after them are born in partitions
+    model = prepare_model(build(args.model), config)
+    calibrate_model(model, [inputs(args.model, seed=7)])
     training = TrainingArguments(
         output_dir=str(args.output / "checkpoints"),
         per_device_train_batch_size=GLOBAL_BATCH // processes // args.accumulation,
@@ -88,11 +108,6 @@ def main() -> None:
     )
     if args.launcher == "fsdp2":
         pretend_gpus(training)
-    tied = args.model == "llama-tied"
-    learned = {"weight_bits": 5, "learn_bits": True, "target_bits": 3.0} if args.learn else {"weight_bits": 3}
-    config = CPQConfig(activation_bits=8, quantize_embeddings=tied, **learned)
-    model = prepare_model(build(args.model), config)
-    calibrate_model(model, [inputs(args.model, seed=7)])
     data = Dataset.from_dict({key: value.numpy() for key, value in inputs(args.model, 64).items()})
     trainer = Trainer(
         model,
@@ -107,7 +122,8 @@ def main() -> None:
         trainer.add_callback(KilledAfter(args.kill_after))
     last = get_last_checkpoint(training.output_dir) if args.resume_last else None
     trainer.train(resume_from_checkpoint=args.resume or last)
-    tensors = trainer.accelerator.get_state_dict(trainer.model)
+    wrapped = trainer.model_wrapped if args.launcher == "zero3" else trainer.model  # the engine has to gather
+    tensors = trainer.accelerator.get_state_dict(wrapped)
     if trainer.is_world_process_zero():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         save_file(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -98,6 +99,17 @@ def test_the_number_of_processes_may_change_on_resume(tmp_path):
 def test_fsdp2_with_shared_and_stacked_weights(model, tmp_path):
     alone = train(tmp_path / "alone", "one", "--model", model)
     assert_close(train(tmp_path / "together", "fsdp2", "--model", model), alone)
+
+
+@pytest.mark.shows("DeepSpeed ZeRO-2 and ZeRO-3 train as one process, to 2e-4, and resume", "torchrun, Trainer")
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_deepspeed_trains_as_one_process(stage, tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    alone, together = train(tmp_path / "alone", "one"), train(tmp_path / "together", stage)
+    assert_close(together, alone)
+    checkpoint = str(tmp_path / "together" / "checkpoints" / "checkpoint-2")
+    assert_close(train(tmp_path / "resumed", stage, "--resume", checkpoint), alone)
 
 
 @pytest.mark.shows("accumulation in two processes", "torchrun, Trainer")

@@ -51,6 +51,12 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
     assert (got - want).abs().max() <= tolerance * want.abs().max()
 
 
+def assert_close_in_most(got: Tensor, want: Tensor) -> None:
+    """As above; but of inputs a sum may have fallen on the other side of a level, which shows in that sample."""
+    assert_close(got, want, 5e-2)
+    assert (got - want).abs().median() <= 1e-5 * want.abs().max()
+
+
 SETTINGS = {
     "bert": {"weight_bits": 3, "quantize_embeddings": True},
     "resnet": {"weight_bits": 2, "activation_bits": 4},
@@ -68,11 +74,11 @@ SLOW_SETTINGS = {
 
 @pytest.mark.parametrize("name", [*SETTINGS, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW_SETTINGS)])
 def test_models(name, tmp_path):
-    model, batch = build(name), inputs(name)
+    model, batch, settings = build(name), inputs(name), (SETTINGS | SLOW_SETTINGS)[name]
     del batch["labels"]
     if name == "mobilenet-v2":  # so deep that without statistics nothing is left of its input
         model.train()(**batch)
-    model = packed(model.eval(), batch, **(SETTINGS | SLOW_SETTINGS)[name])
+    model = packed(model.eval(), batch, **settings)
     if name == "bert":  # in another order than in `forward`, and with something that is no tensor
         mask = torch.ones_like(batch["input_ids"])
         mask[0, 4:] = 0
@@ -89,9 +95,10 @@ def test_models(name, tmp_path):
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
 
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
-    assert_close(run(path, tensors)[0], before)
+    close = assert_close_in_most if "activation_bits" in settings else assert_close
+    close(run(path, tensors)[0], before)
     shorter = {k: v[:1, :4] if v.dtype == torch.int64 else v[:1] for k, v in tensors.items()}
-    assert_close(run(path, shorter)[0], logits(model, shorter))
+    close(run(path, shorter)[0], logits(model, shorter))
 
     stored = containers(path)
     layers = {key.removesuffix("_packed") for key in state if key.endswith("weight_packed")}

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from ..errors import CPQError
 from ..nn import PackedConv1D, PackedEmbedding, PackedLayer, PackedLinear
+from ..surgery import packed_layers
 from .onnx_lowering import DOMAIN, opset
 
+SUM_ERROR = 3e-7  # of a float32 sum, in parts of the largest
 DynamicShapes: TypeAlias = Mapping[str, Mapping[int, str]]
 
 
@@ -28,6 +30,24 @@ def copy_of_structure(model: nn.Module) -> Any:
     copied = copy.deepcopy(model, shared).eval()
     if hasattr(getattr(copied, "config", None), "use_cache"):
         copied.config.use_cache = False  # type: ignore[union-attr]  # a config of transformers
+    return copied
+
+
+def disturbed_copy(model: nn.Module) -> Any:
+    """A copy that disturbs each input before it is quantized, as much as float32 sums in another order would."""
+    copied, generator = copy_of_structure(model), torch.Generator().manual_seed(0)
+
+    def disturb(layer: PackedLayer) -> None:
+        quantized_input = layer.quantized_input
+
+        def disturbed(x: Tensor) -> Tensor:
+            return quantized_input(x + SUM_ERROR * x.abs().max() * torch.randn(x.shape, generator=generator))
+
+        vars(layer)["quantized_input"] = disturbed
+
+    for _, layer in packed_layers(copied):
+        if layer.spec.activation is not None:
+            disturb(layer)
     return copied
 
 

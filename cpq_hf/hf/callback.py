@@ -54,6 +54,7 @@ class CPQCallback(TrainerCallback, ExportableState):
         self.pack = pack
         self.controller: CPQController | None = None
         self._waits_for_calibration = False
+        self._counts_by_hand = False  # DeepSpeed steps one parameter group after the other
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -72,12 +73,10 @@ class CPQCallback(TrainerCallback, ExportableState):
         _refuse_to_pack_shards(self.pack, model)
         _warn_about_decay(model, optimizer)
         self.controller = CPQController(model, optimizer, state.max_steps)
-        if self.controller.learning and getattr(args, "deepspeed", None):
-            self._detach()
-            raise CPQError(
-                "DeepSpeed takes its step on flat partitions of the gradients, where learned bit-lengths cannot get "
-                "theirs: train with FSDP (recipes/accelerate/fsdp2.yaml), or with `learn_bits=False`"
-            )
+        self._counts_by_hand = bool(args.deepspeed)
+        if self._counts_by_hand:
+            self.controller.detach()
+            _refuse_under_deepspeed(self.controller)
         if state.global_step > 0:  # resumed; without a saved state (another callback's run), steps are all we know
             callbacks: Any = state.stateful_callbacks or {}
             saved = callbacks.get(type(self).__name__, {}).get("attributes", {}).get("controller_state")
@@ -85,6 +84,12 @@ class CPQCallback(TrainerCallback, ExportableState):
         if args.torch_compile and not surgery.is_calibrated(model):
             torch.compiler.set_stance("force_eager")  # the first step calibrates, which cannot be compiled
             self._waits_for_calibration = True
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._counts_by_hand and self.controller is not None:
+            self.controller.advance(kwargs["optimizer"])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -136,6 +141,16 @@ def _refuse_data_parallel(args: TrainingArguments) -> None:
             f"the Trainer would spread the model over {args.n_gpu} GPUs with DataParallel, which copies layers "
             "without their quantizers. Launch one process per GPU with "
             f"`torchrun --nproc_per_node {args.n_gpu} ...`, or make one GPU visible with CUDA_VISIBLE_DEVICES"
+        )
+
+
+def _refuse_under_deepspeed(controller: CPQController) -> None:
+    field = "learn_bits=False" if controller.learning else "freeze_oscillating=False"
+    if controller.learning or controller.plan.freeze_oscillating:
+        raise CPQError(
+            "DeepSpeed takes its step on flat partitions of the parameters, where learned bit-lengths get no gradient "
+            f"and oscillating weights cannot be told: set `{field}`, or train with FSDP "
+            "(recipes/accelerate/fsdp2.yaml)"
         )
 
 

@@ -5,12 +5,12 @@
 
    cpq_dequantize writes the weights out: (level + offset) * scale, the same numbers as torch operations give.
 
-   cpq_linear multiplies without writing them out. 8 / b of the time of a small product is reading memory, the rest is
-   unpacking, so a vector is unpacked with as few instructions as there can be: no shuffling into order. V consecutive
-   values (16 of 2 bits, 8 of 3 or 4 bits, 4 of more) lie in a window of 32 bits. LANES windows, one in each lane, are
-   a chunk of the row; shifting all lanes by n*bits gives the n-th value of each window. The inputs are brought into
-   that order once, `x[chunk][n][lane]`, padded with zeros. Levels are multiplied and added up in float32, each lane by
-   itself; a lane is scaled where its scale ends, once a row or once a group.
+   cpq_linear multiplies without writing them out. The time of a small product is unpacking and reading memory, so a
+   vector is unpacked with as few instructions as there can be: values are not shuffled into order. V consecutive values
+   (16 of 2 bits, 8 of 3 or 4 bits, 4 of more) lie in a window of 32 bits. LANES windows, one in each lane, are a chunk
+   of the row; shifting all lanes by n*bits gives the n-th value of each window. The inputs are brought into that order
+   once, `x[chunk][n][lane]`, padded with zeros. Levels are multiplied and added up in float32, each lane by itself; a
+   lane is scaled where its scale ends, once a row or once a group.
 
    A tile is ROWS rows by up to BATCH inputs, the sums of which stay in registers. Every output is summed in the same
    order whatever the batch and the number of threads, so it does not depend on them. */

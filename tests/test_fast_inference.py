@@ -81,7 +81,7 @@ def test_product_against_float64(shape, bits, dtype):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_row_depends_neither_on_its_batch_nor_on_threads(shape, bits, monkeypatch):
     words, scale, columns = packed_rows(bits, shape)
-    x = torch.randn(39, columns)  # more than are arranged at once
+    x = torch.randn(39, columns)  # more than a band takes at once
     results = []
     for threads in (1, 2, 3):
         monkeypatch.setattr(packed, "_threads", lambda _, threads=threads: threads)

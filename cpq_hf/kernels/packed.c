@@ -5,12 +5,12 @@
 
    cpq_dequantize writes the weights out: (level + offset) * scale, the same numbers as torch operations give.
 
-   cpq_linear multiplies without writing them out. 8 / b of the time of a small product is reading memory, the rest is
-   unpacking, so a vector is unpacked with as few instructions as there can be: no shuffling into order. V consecutive
-   values (16 of 2 bits, 8 of 3 or 4 bits, 4 of more) lie in a window of 32 bits. LANES windows, one in each lane, are
-   a chunk of the row; shifting all lanes by n*bits gives the n-th value of each window. The inputs are brought into
-   that order once, `x[chunk][n][lane]`, padded with zeros. Levels are multiplied and added up in float32, each lane by
-   itself; a lane is scaled where its scale ends, once a row or once a group.
+   cpq_linear multiplies without writing them out. The time of a small product is unpacking and reading memory, so a
+   vector is unpacked with as few instructions as there can be: values are not shuffled into order. V consecutive values
+   (16 of 2 bits, 8 of 3 or 4 bits, 4 of more) lie in a window of 32 bits. LANES windows, one in each lane, are a chunk
+   of the row; shifting all lanes by n*bits gives the n-th value of each window. The inputs are brought into that order
+   once, `x[chunk][n][lane]`, padded with zeros. Levels are multiplied and added up in float32, each lane by itself; a
+   lane is scaled where its scale ends, once a row or once a group.
 
    A tile is ROWS rows by up to BATCH inputs, the sums of which stay in registers. Every output is summed in the same
    order whatever the batch and the number of threads, so it does not depend on them. */
@@ -40,7 +40,9 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define BATCH 4
-#define INPUTS_AT_ONCE 32 /* these stay in the second-level cache while all rows pass by */
+#define BAND 64            /* rows that one thread takes at a time */
+#define INPUTS_NEAR 32     /* by so many inputs, which stay in its second-level cache */
+#define INPUTS_AT_ONCE 256 /* inputs that are arranged before the threads begin */
 #define WINDOW_BYTES (4 * LANES)
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -315,6 +317,20 @@ static void arrange(const task *job, const void *x, int64_t input, float *out, i
                     column < job->columns ? load(x, input * job->columns + column, job->bf16) : 0.0f;
 }
 
+/* BAND rows from `row` on by `count` inputs. */
+static void band(const task *job, int64_t first_row, int64_t count, const tile_function *tiles) {
+    int64_t stop = first_row + BAND < job->rows ? first_row + BAND : job->rows;
+    for (int64_t near = 0; near < count; near += INPUTS_NEAR) {
+        int64_t end = near + INPUTS_NEAR < count ? near + INPUTS_NEAR : count;
+        for (int64_t row = first_row; row < stop; row += ROWS) {
+            int64_t i = near;
+            for (; i + 4 <= end; i += 4) tiles[2](job, row, i);
+            for (; i + 2 <= end; i += 2) tiles[1](job, row, i);
+            for (; i < end; i++) tiles[0](job, row, i);
+        }
+    }
+}
+
 /* out[batch, rows] = x[batch, columns] * weight + bias. `groups` as above; a group must hold whole windows. Returns 0,
    1 for want of memory, or 2 if groups do not hold whole windows. */
 int cpq_linear(const void *x, const uint8_t *packed, const float *scale, const float *bias, void *out, int64_t batch,
@@ -351,13 +367,8 @@ int cpq_linear(const void *x, const uint8_t *packed, const float *scale, const f
     for (; !failed && job.first < batch; job.first += at_once) {
         int64_t count = batch - job.first < at_once ? batch - job.first : at_once;
         for (int64_t i = 0; i < count; i++) arrange(&job, x, job.first + i, arranged + i * job.chunks * width, values);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-        for (int64_t row = 0; row < rows; row += ROWS) {
-            int64_t i = 0;
-            for (; i + 4 <= count; i += 4) tile_table[bits - 2][2](&job, row, i);
-            for (; i + 2 <= count; i += 2) tile_table[bits - 2][1](&job, row, i);
-            for (; i < count; i++) tile_table[bits - 2][0](&job, row, i);
-        }
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+        for (int64_t row = 0; row < rows; row += BAND) band(&job, row, count, tile_table[bits - 2]);
     }
     free(last);
     free(group_of);

@@ -164,6 +164,11 @@ def check_finite(name: str, weight: Tensor) -> None:
     """Raise if a weight holds NaN or infinity, or is not there."""
     if weight.is_meta:
         raise CPQError(f"the weight of `{name}` is offloaded or on the meta device; load it to a real device first")
+    if hasattr(weight, "ds_id"):
+        raise CPQError(
+            f"the weight of `{name}` is partitioned by DeepSpeed: prepare the model before `TrainingArguments` with "
+            "ZeRO-3 are made, or load it with `from_pretrained(..., quantization_config=...)`"
+        )
     if not bool(torch.isfinite(weight).all()):
         raise CPQError(f"the weight of `{name}` holds NaN or infinite values; it cannot be quantized")
 

@@ -355,8 +355,16 @@ def test_accelerate_loop(tmp_path):
     assert controller.noise == pytest.approx(0.1)
 
 
-def test_learned_lengths_under_deepspeed_are_refused(tmp_path):
-    model = prepare_model(build("resnet"), CPQConfig(learn_bits=True, target_bits=3.0))
+def test_what_deepspeed_has_partitioned_is_not_prepared():
+    model = build("resnet")
+    model.classifier[1].weight.ds_id = 0
+    with pytest.raises(CPQError, match=r"`classifier.1` is partitioned by DeepSpeed: prepare the model before"):
+        prepare_model(model, CPQConfig(modules_to_not_convert=[]))
+
+
+@pytest.mark.parametrize("fields", [{"learn_bits": True, "target_bits": 3.0}, {"freeze_oscillating": True}])
+def test_what_needs_whole_parameters_is_refused_under_deepspeed(fields, tmp_path):
+    model = prepare_model(build("resnet"), CPQConfig(**fields))
     args = arguments(tmp_path)
     args.deepspeed = "zero3.json"
     state = TrainerState(max_steps=400)

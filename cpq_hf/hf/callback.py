@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState
 from .. import surgery
 from ..controller import CPQController
 from ..errors import CPQError
+from ..plan import QuantizationPlan
 from ..sharding import is_sharded
 from ..summary import summarize
 from .config import CPQConfig
@@ -72,11 +73,12 @@ class CPQCallback(TrainerCallback, ExportableState):
         self._detach()
         _refuse_to_pack_shards(self.pack, model)
         _warn_about_decay(model, optimizer)
+        if args.deepspeed:
+            _refuse_under_deepspeed(surgery.plan_of(model))
         self.controller = CPQController(model, optimizer, state.max_steps)
         self._counts_by_hand = bool(args.deepspeed)
         if self._counts_by_hand:
             self.controller.detach()
-            _refuse_under_deepspeed(self.controller)
         if state.global_step > 0:  # resumed; without a saved state (another callback's run), steps are all we know
             callbacks: Any = state.stateful_callbacks or {}
             saved = callbacks.get(type(self).__name__, {}).get("attributes", {}).get("controller_state")
@@ -144,9 +146,10 @@ def _refuse_data_parallel(args: TrainingArguments) -> None:
         )
 
 
-def _refuse_under_deepspeed(controller: CPQController) -> None:
-    field = "learn_bits=False" if controller.learning else "freeze_oscillating=False"
-    if controller.learning or controller.plan.freeze_oscillating:
+def _refuse_under_deepspeed(plan: QuantizationPlan) -> None:
+    learns = plan.learn_bits or plan.learn_activation_bits or any(o.get("learn_bits") for o in plan.overrides.values())
+    if learns or plan.freeze_oscillating:
+        field = "learn_bits=False" if learns else "freeze_oscillating=False"
         raise CPQError(
             "DeepSpeed takes its step on flat partitions of the parameters, where learned bit-lengths get no gradient "
             f"and oscillating weights cannot be told: set `{field}`, or train with FSDP "

@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
@@ -22,8 +24,9 @@ from .. import surgery
 from ..errors import CPQError
 from ..selection import candidates, select, tied_groups
 from ..spec import LayerSpec
-from .checkpoint import checksum, verify_files
+from .checkpoint import INDEX, checksum, verify_config, verify_files, weight_files
 from .config import QUANT_METHOD, CPQConfig
+from .saving import save_packed
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +46,29 @@ class CPQHfQuantizer(HfQuantizer):
                 "memory, or place modules on 'cpu' or a GPU"
             )
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called before transformers builds a model or looks for weights: the moment to name those of a packed one.
+
+        What is at hand by now is checked, for transformers builds whatever config.json says.
+        """
+        if self.quantization_config.packed:
+            config_file = _config_file(config)
+            if config_file is not None:
+                verify_config(config_file)
+                if (config_file.parent / INDEX).is_file():
+                    weight_files(config_file.parent / INDEX)
+            config.transformers_weights = INDEX
+        return config
+
+    update_tp_plan = update_attn_implementation  # the hook of that moment in transformers 5.17
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
         if config.packed:
-            verify_files(checkpoint_files or [], config)
+            del model.config.transformers_weights  # the name has served; the config may be used again
+            config = _verified(checkpoint_files or [], config)
             layers = layers_in_model(model, config.layer_specs())
             surgery.convert_to_packed(model, layers)
             _forget_ties(model, layers)
@@ -135,13 +155,32 @@ def _save_as_given(model: Any) -> None:
 
 
 def _save_pretrained(
-    self: Any, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
-) -> Any:
+    self: Any, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **kwargs: Any
+) -> None:
+    save = save_packed if self.hf_quantizer.quantization_config.packed else type(self).save_pretrained
     self.hf_quantizer.state_dict = state_dict
     try:
-        return type(self).save_pretrained(self, save_directory, is_main_process, state_dict, *args, **kwargs)
+        save(self, save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
     finally:
         self.hf_quantizer.state_dict = None
+
+
+def _config_file(config: Any) -> Path | None:
+    """config.json that a config was read from, if it is in a folder or in the cache of the Hub."""
+    beside, commit = Path(config._name_or_path) / "config.json", getattr(config, "_commit_hash", None)
+    if beside.is_file():
+        return beside
+    cached = None if commit is None else try_to_load_from_cache(config._name_or_path, "config.json", revision=commit)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _verified(checkpoint_files: list[str], config: CPQConfig) -> CPQConfig:
+    """The config beside packed files that have been verified; `config` where they lie there without one."""
+    beside = next((Path(file).parent / "config.json" for file in checkpoint_files), None)
+    if beside is not None and beside.is_file():
+        config = verify_config(beside)
+    verify_files(checkpoint_files, config)
+    return config
 
 
 def layers_in_model(model: PreTrainedModel, layers: dict[str, LayerSpec]) -> dict[str, LayerSpec]:

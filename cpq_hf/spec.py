@@ -96,13 +96,14 @@ class WeightSpec:
                 f"`group_size` (={self.group_size}) goes with `granularity='group'` and only with it; "
                 f"`granularity` is {self.granularity!r}"
             )
-        if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
-            raise CPQError(f"`group_size` must be a positive integer, got {self.group_size!r}")
-        if self.group_size is not None and self.columns % self.group_size:
-            divisors = [size for size in range(min(self.columns, MOST_COLUMNS), 0, -1) if self.columns % size == 0]
-            near = sorted(divisors, key=lambda size: abs(math.log(size / self.group_size)))[:3]
+        size = self.group_size
+        if size is not None and (type(size) is not int or size < 1):
+            raise CPQError(f"`group_size` must be a positive integer, got {size!r}")
+        if size is not None and self.columns % size:
+            divisors = [n for n in range(min(self.columns, MOST_COLUMNS), 0, -1) if self.columns % n == 0]
+            near = sorted(divisors, key=lambda n: abs(math.log(n / size)))[:3]
             raise CPQError(
-                f"`group_size` (={self.group_size}) does not divide the {self.columns} input features of a weight of "
+                f"`group_size` (={size}) does not divide the {self.columns} input features of a weight of "
                 f"shape {list(self.shape)}; choose {', '.join(map(str, near))}, or `granularity='channel'` for this "
                 "layer through `overrides`"
             )

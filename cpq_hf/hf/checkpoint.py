@@ -1,8 +1,8 @@
 """Prove a packed checkpoint whole: config.json against the headers of its files against checksums of its tensors.
 
 The weights are stored as `cpq_model*.safetensors`, always with an index, and config.json has under
-`transformers_weights` a text that is no file name. transformers without the plugin, which would skip a quantization that
-it does not know and leave layers random, so ends with an error that shows that text, or finds no `model.safetensors`.
+`transformers_weights` a text that is no file name. Without the plugin, transformers would skip a quantization that it
+does not know and leave layers random: so it ends with an error that shows that text, or finds no `model.safetensors`.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def verify_config(file: Path) -> CPQConfig:
     config: CPQConfig = CPQConfig.from_dict(stored)
     if not config.packed:
         raise CPQError(
-            f"{file.parent} was saved during training, it is not packed; call `cpq_hf.pack_model(model)` and save again"
+            f"{file.parent} was saved during training, it is not packed; call `cpq_hf.pack_model(model)` and save "
+            "again"
         )
     if config.config_checksum is None:
         raise CPQError(f"{file}: `quantization_config` has no `config_checksum`; config.json is incomplete")

@@ -24,7 +24,7 @@ from .. import surgery
 from ..errors import CPQError
 from ..selection import candidates, select, tied_groups
 from ..spec import LayerSpec
-from .checkpoint import INDEX, checksum, verify_config, verify_files, weight_files
+from .checkpoint import INDEX, NEEDS_PLUGIN, STEM, checksum, verify_config, verify_files, weight_files
 from .config import QUANT_METHOD, CPQConfig
 from .saving import save_packed
 
@@ -51,11 +51,11 @@ class CPQHfQuantizer(HfQuantizer):
 
         What is at hand by now is checked, for transformers builds whatever config.json says.
         """
-        if self.quantization_config.packed:
+        if self.quantization_config.packed or getattr(config, "transformers_weights", None) == NEEDS_PLUGIN:
             config_file = _config_file(config)
             if config_file is not None:
                 verify_config(config_file)
-                if (config_file.parent / INDEX).is_file():
+                if any(config_file.parent.glob(f"{STEM}*")):
                     weight_files(config_file.parent / INDEX)
             config.transformers_weights = INDEX
         return config

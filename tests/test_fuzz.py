@@ -288,8 +288,8 @@ class Checkpoints:
         except CPQError:
             return "CPQError" if not whole else "CPQError on loading alone"
         except BaseException as error:
-            assert not asked, f"{what}: {type(error).__name__} instead of CPQError from from_pretrained"
-            assert isinstance(error, Exception), what
+            if asked or not isinstance(error, Exception):
+                raise AssertionError(f"{what}: {type(error).__name__} instead of CPQError on loading") from error
             return "transformers' own error"
         if function is forge_quantization:
             return "same" if same else "another model, forged"

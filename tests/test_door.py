@@ -156,7 +156,8 @@ def test_without_the_plugin_nothing_is_loaded(tmp_path):
     """transformers skips a quantization that it does not know, and would leave the layers random."""
     model = pack_model(prepare_model(build("resnet"), CPQConfig()))
     model.save_pretrained(tmp_path / "single")
-    model.save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="2KB")
+    assert len(verify_checkpoint(tmp_path / "sharded")["files"]) > 1
     model.save_pretrained(tmp_path / "bare config")
     script = [sys.executable, "-c", WITHOUT_PLUGIN, str(tmp_path)]
     done = subprocess.run(script, check=True, timeout=120, capture_output=True, text=True)

@@ -260,7 +260,7 @@ class Checkpoints:
             model = calibrate_model(prepare_model(build(name), config), [inputs(name)])
             self.expected[name] = logits(pack_model(model), inputs(name))
             model.save_pretrained(folder / f"{name}-single")
-            model.save_pretrained(folder / f"{name}-sharded", max_shard_size="10KB")
+            model.save_pretrained(folder / f"{name}-sharded", max_shard_size="2KB")
 
     def damage(self, seed: int, asked: list[bool]) -> str:
         """Damage a copy; the outcome, or `AssertionError`."""

@@ -26,6 +26,7 @@ from .config import QUANT_METHOD, CPQConfig
 
 STEM = "cpq_model"
 INDEX = f"{STEM}.safetensors.index.json"
+WEIGHTS = re.compile(rf"(model|{STEM})(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")  # packed or not
 NEEDS_PLUGIN = f"{INDEX}, which is read after `import cpq_hf` (pip install cpq-hf)"
 
 _DTYPES = {torch.int32: "I32", torch.float32: "F32", torch.int64: "I64"}

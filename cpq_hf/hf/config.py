@@ -15,7 +15,8 @@ from ..spec import LayerSpec
 
 QUANT_METHOD = "cpq"
 FORMAT_VERSION = 1
-_STORED = ("format_version", "packed", "layers", "checksums", "config_checksum")
+_STORED_TYPES = {"packed": bool, "layers": dict, "checksums": dict, "config_checksum": int, "base_model": str}
+_STORED = ("format_version", *_STORED_TYPES)
 
 
 @dataclass(repr=False)
@@ -62,6 +63,8 @@ class CPQConfig(QuantizationPlan, QuantizationConfigMixin):
         layers, packed, format_version, checksums, config_checksum: Written into checkpoints, never by hand: the table
             of quantized layers as it was resolved, whether they are packed, and the CRC-32 of each tensor and of
             config.json.
+        base_model (`str`, *optional*): Repository of the float model, for the page on the Hub. Known by itself where
+            the model was loaded from there.
 
     A name without wildcard means the module, any module whose dotted name ends in it, and what is inside them; with
     a wildcard it is matched with `fnmatch` against the whole dotted name.
@@ -85,12 +88,13 @@ class CPQConfig(QuantizationPlan, QuantizationConfigMixin):
     format_version: int = FORMAT_VERSION
     checksums: dict[str, int] | None = None
     config_checksum: int | None = None
+    base_model: str | None = None
     quant_method: str = field(default=QUANT_METHOD, init=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         self.overrides = {} if self.overrides is None else self.overrides
         self.check()
-        for name, kind in (("packed", bool), ("layers", dict), ("checksums", dict), ("config_checksum", int)):
+        for name, kind in _STORED_TYPES.items():
             value = getattr(self, name)
             if not isinstance(value, kind) and not (value is None and kind is not bool):
                 raise CPQError(f"`{name}` in config.json is not a {kind.__name__}, but {reprlib.repr(value)}")

@@ -24,8 +24,10 @@ from .. import surgery
 from ..errors import CPQError
 from ..selection import candidates, select, tied_groups
 from ..spec import LayerSpec
+from .card import repository
 from .checkpoint import INDEX, NEEDS_PLUGIN, STEM, checksum, verify_config, verify_files, weight_files
 from .config import QUANT_METHOD, CPQConfig
+from .hub import push_to_hub
 from .saving import save_packed
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,7 @@ class CPQHfQuantizer(HfQuantizer):
             layers = layers_in_model(model, config.layer_specs())
         self.fresh = config.layers is None
         self.quantization_config = config.resolved(layers)
+        _note_base_model(model, self.quantization_config)
         surgery.convert_to_training(model, layers, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -108,7 +111,8 @@ class CPQHfQuantizer(HfQuantizer):
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
         """After `dequantize`, a plain model saves plainly."""
         super().remove_quantization_config(model)
-        vars(model).pop("save_pretrained", None)
+        for name in ("save_pretrained", "push_to_hub"):
+            vars(model).pop(name, None)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """For `model.dequantize()`: a plain float model, its weights rounded to the grid."""
@@ -136,12 +140,18 @@ class CPQHfQuantizer(HfQuantizer):
 
 def attach(model: Any, config: CPQConfig) -> None:
     """Give a converted model in hand what `from_pretrained` would have given it, so that it saves and loads alike."""
+    _note_base_model(model, config)
     quantizer = CPQHfQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer
     model.config.quantization_config = config
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
     _save_as_given(model)
+
+
+def _note_base_model(model: Any, config: CPQConfig) -> None:
+    if config.base_model is None:
+        config.base_model = repository(model.config._name_or_path)
 
 
 def _save_as_given(model: Any) -> None:
@@ -152,6 +162,7 @@ def _save_as_given(model: Any) -> None:
     """
     model._weight_conversions = []
     model.save_pretrained = MethodType(_save_pretrained, model)
+    model.push_to_hub = MethodType(_push_to_hub, model)
 
 
 def _save_pretrained(
@@ -163,6 +174,11 @@ def _save_pretrained(
         save(self, save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
     finally:
         self.hf_quantizer.state_dict = None
+
+
+def _push_to_hub(self: Any, *args: Any, **kwargs: Any) -> Any:
+    packed = self.hf_quantizer.quantization_config.packed
+    return (push_to_hub if packed else type(self).push_to_hub)(self, *args, **kwargs)
 
 
 def _config_file(config: Any) -> Path | None:

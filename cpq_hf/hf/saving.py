@@ -4,36 +4,42 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from ..errors import CPQError
-from .checkpoint import INDEX, NEEDS_PLUGIN, STEM, config_checksum, read_json, verify_checkpoint
+from .card import CARD, is_users, write_card
+from .checkpoint import INDEX, NEEDS_PLUGIN, STEM, WEIGHTS, config_checksum, read_json, verify_checkpoint
+from .hub import push_folder
 
-_WEIGHTS = re.compile(rf"(model|{STEM})(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
+_OF_HUB = ("repo_id", "private", "token", "revision", "create_pr", "commit_message", "commit_description")
 
 
-def save_packed(model: Any, save_directory: str | os.PathLike[str], variant: str | None = None, **kwargs: Any) -> None:
+def save_packed(model: Any, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
     """`save_pretrained` of a packed model.
 
     Everything is written to a temporary folder inside of `save_directory`, verified, and moved from there, so that a
-    save that fails leaves what was there before. Weights of an earlier save are then removed.
+    save that fails leaves what was there before. Weights of an earlier save are then removed; a page that somebody
+    wrote is left alone.
 
     Args:
         model (`PreTrainedModel`): A packed model.
         save_directory (`str` or `PathLike`): The folder, made if it is not there.
-        variant: Refused: transformers would not look for it.
-        kwargs: Other arguments of `save_pretrained`.
+        push_to_hub (`bool`, defaults to False): Push the folder too.
+        kwargs: Other arguments of `save_pretrained`, and of [`push_folder`] with `repo_id`.
 
     Raises:
-        CPQError: If `variant` is given, or what was written does not verify.
+        CPQError: If `variant` is given, for transformers would not look for it; if what was written does not verify,
+            or the push fails.
     """
-    if variant is not None:
-        raise CPQError(f"`variant` (={variant!r}): a packed model is saved under one name; use another folder instead")
+    if kwargs.get("variant") is not None:
+        raise CPQError(
+            f"`variant` (={kwargs['variant']!r}): a packed model is saved under one name; use another folder instead"
+        )
     directory = Path(save_directory)
     directory.mkdir(parents=True, exist_ok=True)
+    of_hub = {name: kwargs.pop(name) for name in _OF_HUB if name in kwargs}
     with tempfile.TemporaryDirectory(dir=directory, prefix="_saving-") as temporary:  # `Trainer` uploads no `_*`
         folder = Path(temporary)
         type(model).save_pretrained(model, folder, **kwargs)
@@ -42,12 +48,16 @@ def save_packed(model: Any, save_directory: str | os.PathLike[str], variant: str
         _rename_weights(folder)
         _seal(folder / "config.json")
         verify_checkpoint(folder)
+        if not is_users(directory / CARD):
+            write_card(model, folder)
         written = {file.name for file in folder.iterdir()}
         for name in sorted(written, key="config.json".__eq__):  # last, for without it there is no checkpoint
             (folder / name).replace(directory / name)
     for file in directory.iterdir():
-        if _WEIGHTS.fullmatch(file.name) and file.name not in written:
+        if WEIGHTS.fullmatch(file.name) and file.name not in written:
             file.unlink()
+    if push_to_hub:
+        push_folder(directory, of_hub.pop("repo_id", directory.name), verified=True, **of_hub)
 
 
 def _rename_weights(folder: Path) -> None:

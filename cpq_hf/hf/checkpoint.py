@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.utils.logging import tqdm
 
 from ..errors import CPQError
 from ..nn.packed import packed_tensors
@@ -155,9 +156,11 @@ def verify_files(files: Iterable[str | os.PathLike[str]], config: CPQConfig) -> 
     if missing:
         where = ", ".join(sorted({file.name for file in found.values()})) or "the checkpoint"
         raise CPQError(f"{where}: {_of_layer(missing[0], layers)} is missing ({len(missing)} tensors in all)")
+    progress = tqdm(found, desc="Verifying tensors", delay=2)
     for file in sorted(set(found.values())):
         with safe_open(file, framework="pt", device="cpu") as handle:
             for name in handle.keys():  # noqa: SIM118 - not a dict
+                progress.update()
                 if checksum(handle.get_tensor(name)) != checksums[name]:
                     raise CPQError(
                         f"{file}: {_of_layer(name, layers)} was altered: its checksum is not the one in config.json"

@@ -101,7 +101,7 @@ def push_folder(
             create_pr=create_pr,
         )
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise CPQError(f"{repo_id}: the push was refused or interrupted: {error}\n{way_on}") from error
+        raise CPQError(f"{repo_id}: the push was refused or interrupted: {_one_line(error)}. {way_on}") from error
     except KeyboardInterrupt:
         logger.error("%s: the push was interrupted. %s", repo_id, way_on)
         raise
@@ -117,6 +117,10 @@ def _operations(api: HfApi, folder: Path, repo_id: str, revision: str | None) ->
     pushed = {name: file for name, file in files.items() if not _LOCAL.match(name)}
     deleted = [CommitOperationDelete(name) for name in there if WEIGHTS.fullmatch(name) and name not in pushed]
     return [*(CommitOperationAdd(name, file) for name, file in pushed.items()), *deleted]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def _say_where(card: Path, repo_id: str) -> None:

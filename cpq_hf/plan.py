@@ -74,7 +74,7 @@ class QuantizationPlan:
         for name in ("centered", "quantize_embeddings", "tie_bits", "learn_activation_bits", "freeze_oscillating"):
             _check_flag(name, getattr(self, name))
         skipped = self.modules_to_not_convert
-        if skipped is not None and (isinstance(skipped, str) or not all(isinstance(item, str) for item in skipped)):
+        if skipped is not None and not (_is_list(skipped) and all(isinstance(item, str) for item in skipped)):
             raise CPQError(f"`modules_to_not_convert` must be a list of module names or patterns, got {skipped!r}")
         if not isinstance(self.overrides, dict):
             raise CPQError(
@@ -197,6 +197,10 @@ def _check_tensor_fields(values: dict[str, Any]) -> None:
             raise CPQError(f"`group_size` must be a positive integer, got {value!r}")
         elif name == "learn_bits":
             _check_flag(name, value)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, (list, tuple, set, frozenset))
 
 
 def _check_flag(name: str, value: object) -> None:

@@ -16,6 +16,7 @@ These are the shapes under which `weight_scale` is stored in a packed checkpoint
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from .errors import CPQError
 
 MIN_BITS, MAX_BITS = 2, 8
 RAREST = 0.02  # probabilities of bits are kept this far from 0 and 1 where they divide
+MOST_COLUMNS = 1 << 20  # among which a group size is proposed
 CENTERED_BITS = 2  # the widest grid that is centred on zero where a weight asks for it
 GRANULARITIES = ("tensor", "channel", "group")
 
@@ -80,7 +82,12 @@ class WeightSpec:
     stacked: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
+        object.__setattr__(self, "shape", tuple(self.shape))
+        if len(self.shape) < 2 + self.stacked or any(type(size) is not int or size < 0 for size in self.shape):
+            raise CPQError(f"`shape` must be sizes in {2 + self.stacked} dimensions or more, got {list(self.shape)}")
+        for name in ("transposed", "centered", "stacked"):
+            if not isinstance(getattr(self, name), bool):
+                raise CPQError(f"`{name}` must be true or false, got {getattr(self, name)!r}")
         check_bits(self.bits)
         check_min_bits(self.min_bits, self.bits)
         check_granularity(self.granularity)
@@ -89,11 +96,14 @@ class WeightSpec:
                 f"`group_size` (={self.group_size}) goes with `granularity='group'` and only with it; "
                 f"`granularity` is {self.granularity!r}"
             )
-        if self.group_size is not None and (self.group_size < 1 or self.columns % self.group_size):
-            divisors = [size for size in range(self.columns, 0, -1) if self.columns % size == 0]
-            near = sorted(divisors, key=lambda size: abs(math.log(size / max(1, self.group_size or 1))))[:3]
+        size = self.group_size
+        if size is not None and (type(size) is not int or size < 1):
+            raise CPQError(f"`group_size` must be a positive integer, got {size!r}")
+        if size is not None and self.columns % size:
+            divisors = [n for n in range(min(self.columns, MOST_COLUMNS), 0, -1) if self.columns % n == 0]
+            near = sorted(divisors, key=lambda n: abs(math.log(n / size)))[:3]
             raise CPQError(
-                f"`group_size` (={self.group_size}) does not divide the {self.columns} input features of a weight of "
+                f"`group_size` (={size}) does not divide the {self.columns} input features of a weight of "
                 f"shape {list(self.shape)}; choose {', '.join(map(str, near))}, or `granularity='channel'` for this "
                 "layer through `overrides`"
             )
@@ -155,6 +165,8 @@ class ActivationSpec:
     def __post_init__(self) -> None:
         check_bits(self.bits)
         check_min_bits(self.min_bits, self.bits)
+        if not isinstance(self.signed, bool | None):
+            raise CPQError(f"`signed` must be true, false or null, got {self.signed!r}")
 
     def to_dict(self) -> dict[str, Any]:
         return _as_dict(self)
@@ -178,10 +190,12 @@ class LayerSpec:
         """Read what `to_dict` wrote; anything else is a `CPQError`."""
         try:
             activation, tied_to = data["activation"], data.get("tied_to")
+            if not isinstance(tied_to, str | None):
+                raise CPQError(f"`tied_to` must be the name of a layer, got {tied_to!r}")
             weight = WeightSpec(**data["weight"])
             return cls(weight, None if activation is None else ActivationSpec(**activation), tied_to)
         except (KeyError, TypeError, AttributeError) as error:
-            raise CPQError(f"not a description of a quantized layer: {data!r}") from error
+            raise CPQError(f"not a description of a quantized layer: {reprlib.repr(data)}") from error
 
 
 def check_granularity(value: object, field: str = "granularity") -> None:

@@ -167,9 +167,8 @@ def main() -> None:
         after, trained, report = grid_positions(model), accuracy(model, data), cpq_hf.summarize(model)
         cpq_hf.pack_model(model)
         model.save_pretrained(output / name)
-        cpq_hf.verify_checkpoint(output / name)
+        size = cpq_hf.verify_checkpoint(output / name)["bytes"]
         reloaded = AutoModelForImageClassification.from_pretrained(output / name)
-        size = (output / name / "model.safetensors").stat().st_size
         rows.append((name, rounded, trained, accuracy(reloaded, data), report.mean_bits, size))
     draw(before, after, bits, output / "weights.png")
 

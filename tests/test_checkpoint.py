@@ -12,6 +12,7 @@ from models import auto_class, build, inputs, logits
 from safetensors.torch import load_file, save_file
 
 from cpq_hf import CPQConfig, CPQError, calibrate_model, pack_model, prepare_model, verify_checkpoint
+from cpq_hf.hf.checkpoint import INDEX, config_checksum
 
 LAYER = "vit.encoder.layer.0.intermediate.dense"
 
@@ -35,50 +36,61 @@ def copy(whole, tmp_path) -> Path:
 
 
 def edit_tensors(folder: Path, edit) -> None:
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / "cpq_model.safetensors")
     edit(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "cpq_model.safetensors", metadata={"format": "pt"})
 
 
-def edit_config(folder: Path, edit) -> None:
+def edit_config(folder: Path, edit, seal: bool = True) -> None:
+    """Alter the stored `quantization_config`; with its seal renewed, the checks behind the seal have to find it."""
     stored = json.loads((folder / "config.json").read_text())
     edit(stored["quantization_config"])
+    if seal:
+        stored["quantization_config"]["config_checksum"] = config_checksum(stored)
     (folder / "config.json").write_text(json.dumps(stored))
 
 
+def edit_model(folder: Path, **changes) -> None:
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stored | changes))
+
+
 def flip_bit(folder: Path) -> None:
-    file = folder / "model.safetensors"
+    file = folder / "cpq_model.safetensors"
     data = bytearray(file.read_bytes())
     data[-100] ^= 4
     file.write_bytes(data)
 
 
 def truncate(folder: Path, to: float) -> None:
-    file = folder / "model.safetensors"
+    file = folder / "cpq_model.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[: int(len(data) * to)])
 
 
 DAMAGES = {
-    "bit flip": (flip_bit, r"model.safetensors: `.*` of layer `.*` was altered"),
-    "truncated": (lambda f: truncate(f, 0.7), r"model.safetensors: truncated or not a safetensors file"),
-    "only a piece of the header": (lambda f: truncate(f, 0.01), r"model.safetensors: truncated or not a safetensors"),
-    "empty file": (lambda f: truncate(f, 0), r"model.safetensors: truncated or not a safetensors file"),
+    "bit flip": (flip_bit, r"cpq_model.safetensors: `.*` of .*layer `.*` was altered"),
+    "truncated": (lambda f: truncate(f, 0.7), r"cpq_model.safetensors: truncated or not a safetensors file"),
+    "only a piece of the header": (
+        lambda f: truncate(f, 0.01),
+        r"cpq_model.safetensors: truncated or not a safetensors",
+    ),
+    "empty file": (lambda f: truncate(f, 0), r"cpq_model.safetensors: truncated or not a safetensors file"),
     "words missing": (
         lambda f: edit_tensors(f, lambda t: t.pop(f"{LAYER}.weight_packed")),
-        r"model.safetensors: `.*weight_packed` of quantized layer `.*` is missing",
+        r"cpq_model.safetensors: `.*weight_packed` of quantized layer `.*` is missing",
     ),
     "a bias missing": (
         lambda f: edit_tensors(f, lambda t: t.pop(f"{LAYER}.bias")),
-        r"model.safetensors: `.*bias` of quantized layer `.*` is missing",
+        r"cpq_model.safetensors: `.*bias` of quantized layer `.*` is missing",
     ),
     "a norm missing": (
         lambda f: edit_tensors(f, lambda t: t.pop("vit.layernorm.weight")),
-        r"model.safetensors: `vit.layernorm.weight` of layer `vit.layernorm` is missing",
+        r"cpq_model.safetensors: `vit.layernorm.weight` of layer `vit.layernorm` is missing",
     ),
     "scale altered": (
         lambda f: edit_tensors(f, lambda t: t[f"{LAYER}.weight_scale"].mul_(1.001)),
-        r"`.*weight_scale` of layer `.*` was altered",
+        r"`.*weight_scale` of .*layer `.*` was altered",
     ),
     "float weight altered": (
         lambda f: edit_tensors(f, lambda t: t["classifier.weight"].add_(1)),
@@ -115,6 +127,23 @@ DAMAGES = {
     ),
     "no table of layers": (lambda f: edit_config(f, lambda c: c.update(layers=None)), "no table of `layers`"),
     "no checksums": (lambda f: edit_config(f, lambda c: c.pop("checksums")), "no `checksums`"),
+    "an activation of other bits": (
+        lambda f: edit_config(f, lambda c: c["layers"][LAYER]["activation"].update(bits=4), seal=False),
+        r"config.json: altered since it was saved: it does not fit its `config_checksum`",
+    ),
+    "another field of the config": (lambda f: edit_model(f, hidden_act="relu"), r"config.json: altered since"),
+    "no checksum of the config": (
+        lambda f: edit_config(f, lambda c: c.pop("config_checksum"), seal=False),
+        r"config.json: `quantization_config` has no `config_checksum`",
+    ),
+    "a tensor of another type, the same bytes": (
+        lambda f: edit_tensors(f, lambda t: t.update({f"{LAYER}.bias": t[f"{LAYER}.bias"].view(torch.int32)})),
+        r"cpq_model.safetensors: `.*bias` of quantized layer `.*` was altered",
+    ),
+    "a tensor of another shape, the same bytes": (
+        lambda f: edit_tensors(f, lambda t: t.update({f"{LAYER}.bias": t[f"{LAYER}.bias"].view(2, -1)})),
+        r"cpq_model.safetensors: `.*bias` of quantized layer `.*` was altered",
+    ),
     "newer layout": (
         lambda f: edit_config(f, lambda c: c.update(format_version=7)),
         "layout version 7, this cpq_hf reads version 1",
@@ -129,9 +158,9 @@ DAMAGES = {
 
 def test_whole_checkpoint(whole):
     found = verify_checkpoint(whole)
-    assert found["files"] == ["model.safetensors"]
+    assert found["files"] == ["cpq_model.safetensors"]
     assert found["layers"] == 13
-    assert found["bytes"] == (whole / "model.safetensors").stat().st_size
+    assert found["bytes"] == (whole / "cpq_model.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -147,8 +176,8 @@ def test_damage_is_found(damage, copy):
 
 
 def test_missing_files(copy):
-    (copy / "model.safetensors").unlink()
-    with pytest.raises(CPQError, match=r"model.safetensors: no such file"):
+    (copy / "cpq_model.safetensors").unlink()
+    with pytest.raises(CPQError, match=r"cpq_model.safetensors: no such file"):
         verify_checkpoint(copy)
     (copy / "config.json").write_text("{")
     with pytest.raises(CPQError, match=r"config.json: not valid JSON"):
@@ -182,7 +211,7 @@ def test_sharded(sharded, whole):
 
 
 def test_missing_and_foreign_shards(sharded):
-    shards = sorted(sharded.glob("model-*.safetensors"))
+    shards = sorted(sharded.glob("cpq_model-*.safetensors"))
     content = shards[1].read_bytes()
     shards[1].unlink()
     for check in (verify_checkpoint, auto_class("vit").from_pretrained):
@@ -193,10 +222,10 @@ def test_missing_and_foreign_shards(sharded):
         with pytest.raises(CPQError, match="is stored a second time"):
             check(sharded)
     shards[1].write_bytes(content)
-    index = sharded / "model.safetensors.index.json"
+    index = sharded / INDEX
     index.write_text(index.read_text().replace(shards[1].name, "../elsewhere.safetensors"))
     with pytest.raises(CPQError, match="is not a plain file name"):
         verify_checkpoint(sharded)
     index.write_text("[]")
-    with pytest.raises(CPQError, match="not a valid index of weight files"):
+    with pytest.raises(CPQError, match="index.json: not valid JSON of a checkpoint"):
         verify_checkpoint(sharded)

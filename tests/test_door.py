@@ -138,6 +138,86 @@ def test_a_fresh_process_needs_only_the_import(tmp_path):
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=120)
 
 
+WITHOUT_PLUGIN = """
+import sys, transformers
+folder = sys.argv[1]
+auto = transformers.AutoModelForImageClassification
+config = transformers.AutoConfig.from_pretrained(folder + "/single")
+config.save_pretrained(folder + "/bare config")  # loses what stands in the place of a file name
+attempts = {
+    "its class": lambda path: transformers.ResNetForImageClassification.from_pretrained(path),
+    "an auto class": lambda path: auto.from_pretrained(path, ignore_mismatched_sizes=True),
+    "the base model": lambda path: transformers.AutoModel.from_pretrained(path),
+    "a config": lambda path: auto.from_pretrained(path, config=config),
+    "a pipeline": lambda path: transformers.pipeline("image-classification", model=path),
+}
+for path in ("single", "sharded", "bare config"):
+    for how, attempt in attempts.items():
+        try:
+            attempt(f"{folder}/{path}")
+        except (OSError, ValueError) as error:
+            print(f"{path} by {how}: {error}".replace(chr(10), " "))
+assert "cpq_hf" not in sys.modules
+"""
+
+
+def test_without_the_plugin_nothing_is_loaded(tmp_path):
+    """transformers skips a quantization that it does not know, and would leave the layers random."""
+    model = pack_model(prepare_model(build("resnet"), CPQConfig()))
+    model.save_pretrained(tmp_path / "single")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="2KB")
+    assert len(verify_checkpoint(tmp_path / "sharded")["files"]) > 1
+    model.save_pretrained(tmp_path / "bare config")
+    script = [sys.executable, "-c", WITHOUT_PLUGIN, str(tmp_path)]
+    done = subprocess.run(script, check=True, timeout=120, capture_output=True, text=True)
+    errors = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert len(errors) == 15
+    for attempt, error in errors.items():
+        bare = attempt.startswith("bare") or attempt.endswith("a config")
+        hint = "index.json, which is read after `import cpq_hf` (pip install cpq-hf)"
+        assert ("no file named model.safetensors" if bare else hint) in error, attempt
+
+
+@pytest.mark.shows("saved again over another save, whole or in shards: the same bits, nothing left over", "a loop")
+def test_saved_again_over_another_save(tmp_path):
+    batch, cls = inputs("llama-tied"), auto_class("llama-tied")
+    model = prepare_model(build("llama-tied"), CPQConfig(quantize_embeddings=True))
+    expected = logits(model, batch)
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert list(tmp_path.glob("model-*.safetensors"))
+    pack_model(model)
+    for size in ("50GB", "10KB", "50GB"):
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        files = sorted(file.name for file in tmp_path.iterdir() if "model" in file.name)
+        assert files == sorted([*verify_checkpoint(tmp_path)["files"], "cpq_model.safetensors.index.json"])
+        model = reload(cls, tmp_path)
+        assert torch.equal(logits(model, batch), expected)
+    again = reload(cls, tmp_path, config=model.config)
+    assert torch.equal(logits(again, batch), expected)
+    again.dequantize()
+    again.save_pretrained(tmp_path / "float")
+    assert (tmp_path / "float" / "model.safetensors").is_file()
+    assert torch.equal(logits(reload(cls, tmp_path / "float", config=again.config), batch), expected)
+
+
+def test_a_failed_save_leaves_the_last_one(tmp_path, monkeypatch):
+    batch = inputs("resnet")
+    model = pack_model(prepare_model(build("resnet"), CPQConfig()))
+    model.save_pretrained(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(CPQError, match=r"`variant` \(='fp16'\): a packed model is saved under one name"):
+        model.save_pretrained(tmp_path, variant="fp16")
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+    assert torch.equal(logits(reload(auto_class("resnet"), tmp_path), batch), logits(model, batch))
+
+
 @pytest.mark.shows("dtype and device_map: loaded, trained a step, packed, reloaded: the same bits", "a loop")
 @pytest.mark.parametrize("name", ["bert", "llama", "llama-tied", "resnet"])
 @pytest.mark.parametrize("device_map", ["cpu", "auto"])
@@ -305,7 +385,7 @@ def test_tied_embeddings_share_one_quantizer(name, tmp_path, records):
     assert summarize(model).to_dict()["packed_bytes"] == report["packed_bytes"]
     model.save_pretrained(tmp_path / "packed")
     verify_checkpoint(tmp_path / "packed")
-    with safe_open(tmp_path / "packed" / "model.safetensors", framework="pt") as file:
+    with safe_open(tmp_path / "packed" / "cpq_model.safetensors", framework="pt") as file:
         stored = list(file.keys())
     assert f"{source}.weight_packed" in stored
     assert f"{head}.weight_packed" not in stored
@@ -425,7 +505,7 @@ def test_quantizer_parameters_that_were_missing_from_a_training_checkpoint(tmp_p
 def test_size_of_the_packed_part(bits, tmp_path):
     model = prepare_model(build("vit"), CPQConfig(weight_bits=bits))
     pack_model(model).save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+    with safe_open(tmp_path / "cpq_model.safetensors", framework="pt") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - not a dict
     words = sum(4 * torch.Size(shape).numel() for key, shape in shapes.items() if key.endswith("weight_packed"))
     scales = sum(4 * torch.Size(shape).numel() for key, shape in shapes.items() if key.endswith("weight_scale"))
@@ -434,5 +514,5 @@ def test_size_of_the_packed_part(bits, tmp_path):
     assert words + scales <= 1.02 * ideal + scales
     floats = 4 * (report["all_elements"] - report["quantized_elements"])
     assert report["packed_bytes"] == words + scales + floats
-    header_and_shapes = (tmp_path / "model.safetensors").stat().st_size - report["packed_bytes"]
+    header_and_shapes = (tmp_path / "cpq_model.safetensors").stat().st_size - report["packed_bytes"]
     assert header_and_shapes < 200 * len(shapes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..errors import CPQError
 from ..plan import QuantizationPlan
 from ..sharding import is_sharded
 from ..summary import summarize
+from .card import note_training, take_over_from_trainer, training_of
 from .config import CPQConfig
 from .model import pack_model, prepare_model
 from .recovery import check_not_diverged, set_incomplete_checkpoints_aside
@@ -32,16 +34,22 @@ class CPQCallback(TrainerCallback, ExportableState):
     Lengths that are not decided when training ends are decided then. Checkpoints whose saving was cut off are set
     aside when the Trainer is made, so that it resumes from the last whole one; a model with NaN is not saved.
 
+    A packed model pushed at the end, or by `trainer.push_to_hub()`, goes with a page that tells how it was made.
+
     Args:
         config (`CPQConfig`, *optional*): Given, it prepares the Trainer's float model when the Trainer is made. Leave
             it out for a model that was loaded with `quantization_config` or prepared.
         pack (`bool`, defaults to False): Pack the model when training has ended, after the best checkpoint was
             loaded if the Trainer was told to.
+        push (`str` or `dict`, *optional*): Repository to push the packed model to when training has ended, or
+            arguments of `push_to_hub`: `{"repo_id": ..., "private": True, "revision": ..., "commit_message": ...}`.
+            Packs the model. It is saved in `args.output_dir`, with the Trainer's tokenizer or processor, and pushed
+            from there, by one process.
 
     Raises:
         CPQError: From the Trainer's constructor or the start of training: a model that is not prepared, or is packed,
             or spread over several GPUs by `DataParallel`. Before a log entry or a checkpoint: a parameter that has
-            become NaN or infinite.
+            become NaN or infinite. At the end: a push that is refused, with the command that goes on.
 
     Example:
 
@@ -50,9 +58,12 @@ class CPQCallback(TrainerCallback, ExportableState):
     ```
     """
 
-    def __init__(self, config: CPQConfig | None = None, pack: bool = False) -> None:
+    def __init__(
+        self, config: CPQConfig | None = None, pack: bool = False, push: str | dict[str, Any] | None = None
+    ) -> None:
         self.config = config
-        self.pack = pack
+        self.pack = pack or push is not None
+        self.push = push
         self.controller: CPQController | None = None
         self._waits_for_calibration = False
         self._counts_by_hand = False  # DeepSpeed steps one parameter group after the other
@@ -123,18 +134,48 @@ class CPQCallback(TrainerCallback, ExportableState):
         if self.controller is not None:
             self.controller.finish()
         self._detach()
+        note_training(kwargs["model"], training_of(args, state, _last_metrics(args, state), _data(kwargs)))
         if self.pack:
             pack_model(kwargs["model"])
+        if self.push is not None and state.is_world_process_zero:
+            options = {"repo_id": self.push} if isinstance(self.push, str) else self.push
+            if kwargs.get("processing_class") is not None:
+                kwargs["processing_class"].save_pretrained(args.output_dir)
+            kwargs["model"].save_pretrained(args.output_dir, push_to_hub=True, **options)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.controller is None:  # after training
+            note_training(kwargs["model"], training_of(args, state, kwargs.get("metrics"), _data(kwargs)))
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and any(True for _ in surgery.packed_layers(kwargs["model"])):
+            place = args.hub_model_id or Path(str(args.output_dir)).name
+            take_over_from_trainer(kwargs["model"], Path(str(args.output_dir)), place)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint of the Trainer keeps of this callback."""
         controller_state = None if self.controller is None else self.controller.state_dict()
-        return {"args": {"pack": self.pack}, "attributes": {"controller_state": controller_state}}
+        return {"args": {"pack": self.pack, "push": self.push}, "attributes": {"controller_state": controller_state}}
 
     def _detach(self) -> None:
         if self.controller is not None:
             self.controller.detach()
             self.controller = None
+
+
+def _last_metrics(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+    """Metrics of the weights that the model has at the end: the last ones or, if they were loaded, the best ones."""
+    step = state.best_global_step if args.load_best_model_at_end else state.global_step
+    entries = [entry for entry in state.log_history if entry.get("step") == step]
+    return {key: value for entry in entries for key, value in entry.items() if key.startswith("eval_")}
+
+
+def _data(kwargs: dict[str, Any]) -> Any:
+    return getattr(kwargs.get("eval_dataloader"), "dataset", None)
 
 
 def _refuse_data_parallel(args: TrainingArguments) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,8 @@ from ..spec import LayerSpec
 
 QUANT_METHOD = "cpq"
 FORMAT_VERSION = 1
-_STORED = ("format_version", "packed", "layers", "checksums")
+_STORED_TYPES = {"packed": bool, "layers": dict, "checksums": dict, "config_checksum": int, "base_model": str}
+_STORED = ("format_version", *_STORED_TYPES)
 
 
 @dataclass(repr=False)
@@ -58,8 +60,11 @@ class CPQConfig(QuantizationPlan, QuantizationConfigMixin):
         overrides (`dict[str, dict]`, *optional*): Other settings for single modules, by name or pattern:
             `weight_bits`, `activation_bits`, `granularity`, `group_size`, `learn_bits`. Later entries win. A module
             named here is quantized even if it is the output head or an embedding.
-        layers, packed, format_version, checksums: Written into checkpoints, never by hand: the table of quantized
-            layers as it was resolved, whether they are packed, and the CRC-32 of each tensor.
+        layers, packed, format_version, checksums, config_checksum: Written into checkpoints, never by hand: the table
+            of quantized layers as it was resolved, whether they are packed, and the CRC-32 of each tensor and of
+            config.json.
+        base_model (`str`, *optional*): Repository of the float model, for the page on the Hub. Known by itself where
+            the model was loaded from there.
 
     A name without wildcard means the module, any module whose dotted name ends in it, and what is inside them; with
     a wildcard it is matched with `fnmatch` against the whole dotted name.
@@ -82,17 +87,23 @@ class CPQConfig(QuantizationPlan, QuantizationConfigMixin):
     packed: bool = False
     format_version: int = FORMAT_VERSION
     checksums: dict[str, int] | None = None
+    config_checksum: int | None = None
+    base_model: str | None = None
     quant_method: str = field(default=QUANT_METHOD, init=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         self.overrides = {} if self.overrides is None else self.overrides
         self.check()
+        for name, kind in _STORED_TYPES.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) and not (value is None and kind is not bool):
+                raise CPQError(f"`{name}` in config.json is not a {kind.__name__}, but {reprlib.repr(value)}")
 
     def resolved(self, layers: dict[str, LayerSpec], packed: bool = False) -> CPQConfig:
         """A copy that carries the table of quantized layers."""
         other = copy.deepcopy(self)
         other.layers = {name: spec.to_dict() for name, spec in layers.items()}
-        other.packed, other.checksums = packed, None
+        other.packed, other.checksums, other.config_checksum = packed, None, None
         return other
 
     def layer_specs(self) -> dict[str, LayerSpec]:
@@ -107,6 +118,9 @@ class CPQConfig(QuantizationPlan, QuantizationConfigMixin):
                 specs[name] = LayerSpec.from_dict(data)
             except CPQError as error:
                 raise CPQError(f"`{name}` in the table of quantized layers in config.json: {error}") from error
+        for name, spec in specs.items():
+            if spec.tied_to is not None and (spec.tied_to not in specs or specs[spec.tied_to].tied_to is not None):
+                raise CPQError(f"`{name}` in the table of quantized layers in config.json: tied to no layer of it")
         return specs
 
     @classmethod
@@ -114,7 +128,7 @@ class CPQConfig(QuantizationPlan, QuantizationConfigMixin):
         """Read what `to_dict` wrote. A newer layout or an unknown field is a `CPQError`."""
         data = {key: value for key, value in config_dict.items() if key != "quant_method"}
         version = data.get("format_version", FORMAT_VERSION)
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise CPQError(
                 f"the checkpoint has layout version {version!r}, this cpq_hf reads version {FORMAT_VERSION}; "
                 "upgrade cpq_hf"

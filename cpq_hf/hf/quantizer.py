@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
@@ -22,8 +24,11 @@ from .. import surgery
 from ..errors import CPQError
 from ..selection import candidates, select, tied_groups
 from ..spec import LayerSpec
-from .checkpoint import checksum, verify_files
+from .card import repository
+from .checkpoint import INDEX, NEEDS_PLUGIN, STEM, checksum, verify_config, verify_files, weight_files
 from .config import QUANT_METHOD, CPQConfig
+from .hub import push_to_hub
+from .saving import save_packed
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +48,29 @@ class CPQHfQuantizer(HfQuantizer):
                 "memory, or place modules on 'cpu' or a GPU"
             )
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called before transformers builds a model or looks for weights: the moment to name those of a packed one.
+
+        What is at hand by now is checked, for transformers builds whatever config.json says.
+        """
+        if self.quantization_config.packed or getattr(config, "transformers_weights", None) == NEEDS_PLUGIN:
+            config_file = _config_file(config)
+            if config_file is not None:
+                verify_config(config_file)
+                if any(config_file.parent.glob(f"{STEM}*")):
+                    weight_files(config_file.parent / INDEX)
+            config.transformers_weights = INDEX
+        return config
+
+    update_tp_plan = update_attn_implementation  # the hook of that moment in transformers 5.17
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
         if config.packed:
-            verify_files(checkpoint_files or [], config)
+            del model.config.transformers_weights  # the name has served; the config may be used again
+            config = _verified(checkpoint_files or [], config)
             layers = layers_in_model(model, config.layer_specs())
             surgery.convert_to_packed(model, layers)
             _forget_ties(model, layers)
@@ -61,6 +83,7 @@ class CPQHfQuantizer(HfQuantizer):
             layers = layers_in_model(model, config.layer_specs())
         self.fresh = config.layers is None
         self.quantization_config = config.resolved(layers)
+        _note_base_model(model, self.quantization_config)
         surgery.convert_to_training(model, layers, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -88,7 +111,8 @@ class CPQHfQuantizer(HfQuantizer):
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
         """After `dequantize`, a plain model saves plainly."""
         super().remove_quantization_config(model)
-        vars(model).pop("save_pretrained", None)
+        for name in ("save_pretrained", "push_to_hub"):
+            vars(model).pop(name, None)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """For `model.dequantize()`: a plain float model, its weights rounded to the grid."""
@@ -116,12 +140,18 @@ class CPQHfQuantizer(HfQuantizer):
 
 def attach(model: Any, config: CPQConfig) -> None:
     """Give a converted model in hand what `from_pretrained` would have given it, so that it saves and loads alike."""
+    _note_base_model(model, config)
     quantizer = CPQHfQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer
     model.config.quantization_config = config
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
     _save_as_given(model)
+
+
+def _note_base_model(model: Any, config: CPQConfig) -> None:
+    if config.base_model is None:
+        config.base_model = repository(model.config._name_or_path)
 
 
 def _save_as_given(model: Any) -> None:
@@ -132,16 +162,41 @@ def _save_as_given(model: Any) -> None:
     """
     model._weight_conversions = []
     model.save_pretrained = MethodType(_save_pretrained, model)
+    model.push_to_hub = MethodType(_push_to_hub, model)
 
 
 def _save_pretrained(
-    self: Any, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
-) -> Any:
+    self: Any, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **kwargs: Any
+) -> None:
+    save = save_packed if self.hf_quantizer.quantization_config.packed else type(self).save_pretrained
     self.hf_quantizer.state_dict = state_dict
     try:
-        return type(self).save_pretrained(self, save_directory, is_main_process, state_dict, *args, **kwargs)
+        save(self, save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
     finally:
         self.hf_quantizer.state_dict = None
+
+
+def _push_to_hub(self: Any, *args: Any, **kwargs: Any) -> Any:
+    packed = self.hf_quantizer.quantization_config.packed
+    return (push_to_hub if packed else type(self).push_to_hub)(self, *args, **kwargs)
+
+
+def _config_file(config: Any) -> Path | None:
+    """config.json that a config was read from, if it is in a folder or in the cache of the Hub."""
+    beside, commit = Path(config._name_or_path) / "config.json", getattr(config, "_commit_hash", None)
+    if beside.is_file():
+        return beside
+    cached = None if commit is None else try_to_load_from_cache(config._name_or_path, "config.json", revision=commit)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _verified(checkpoint_files: list[str], config: CPQConfig) -> CPQConfig:
+    """The config beside packed files that have been verified; `config` where they lie there without one."""
+    beside = next((Path(file).parent / "config.json" for file in checkpoint_files), None)
+    if beside is not None and beside.is_file():
+        config = verify_config(beside)
+    verify_files(checkpoint_files, config)
+    return config
 
 
 def layers_in_model(model: PreTrainedModel, layers: dict[str, LayerSpec]) -> dict[str, LayerSpec]:

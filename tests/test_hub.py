@@ -39,6 +39,9 @@ if sys.argv[2] == "plugin":
 """
 
 
+LEAVE = "\nimport os\nsys.stdout.flush()\nos._exit(0)\n"  # see distributed_calibration.py
+
+
 @pytest.fixture
 def hub():
     server = Hub()
@@ -52,7 +55,7 @@ def run(
     """A script in a fresh process that knows this Hub only; what it printed."""
     home.mkdir(exist_ok=True)
     file = home / "script.py"
-    file.write_text(PRELUDE + script)
+    file.write_text(PRELUDE + script + (LEAVE if launcher else ""))
     done = subprocess.run(
         [sys.executable, *launcher, str(file), str(HERE), "plugin" if plugin else "plain"],
         env=os.environ | hub.environment(home) | {"OMP_NUM_THREADS": "1"},

@@ -97,13 +97,13 @@ def test_models(name, tmp_path):
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
     close = assert_close_in_most if "activation_bits" in settings else assert_close
     close(run(path, tensors)[0], before)
-    shorter = {k: v[:1, :4] if v.dtype == torch.int64 else v[:1] for k, v in tensors.items()}
+    shorter = {k: v[:3, :4] if v.dtype == torch.int64 else v[:3] for k, v in tensors.items()}
     close(run(path, shorter)[0], logits(model, shorter))
 
     stored = containers(path)
     layers = {key.removesuffix("_packed") for key in state if key.endswith("weight_packed")}
     assert {key for key in stored if stored[key] in INTEGERS and key.endswith(".weight")} == layers
-    assert Path(__file__).parent.as_posix().encode() not in path.read_bytes()  # nor where it was made
+    assert b"pkg.torch" not in path.read_bytes()  # notes of the exporter on the code it saw
 
 
 def test_shared_weight_is_stored_once(tmp_path):

@@ -186,7 +186,13 @@ def _write(model: Any, path: Path) -> list[Path]:
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     data = f"{path.name}.data" if size > EXTERNAL_ABOVE else None
     ir.save(model, path, external_data=data)
-    onnx.checker.check_model(path, full_check=True)
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise CPQError(
+            f"the trace of this model is not valid ONNX: {first_line(error)}. Packed layers inside of control flow "
+            "(`torch.cond`) are not supported; the packed checkpoint is"
+        ) from error
     return [path] if data is None else [path, path.with_name(data)]
 
 

@@ -63,7 +63,7 @@ class Lowering:
         self.initializers: dict[str, Any] = {}
 
     def run(self) -> None:
-        """Replace every placeholder, and drop what the exporter noted about the machine and the code it ran on."""
+        """Replace every placeholder, and drop the exporter's notes on the code that it saw."""
         lower = {
             "Weight": self.weight,
             "Linear": self.linear,
@@ -71,12 +71,14 @@ class Lowering:
             "Input": self.input,
         }
         graph = self.model.graph
+        for noted in (self.model, graph, *graph.inputs, *graph.initializers.values()):
+            noted.metadata_props.clear()
         for node in list(graph):
-            node.metadata_props.clear()
+            for noted in (node, *node.outputs):
+                noted.metadata_props.clear()
             if node.domain == DOMAIN:
                 self.replace(node, lower[node.op_type])
         self.model.opset_imports.pop(DOMAIN, None)
-        self.model.metadata_props.clear()
         self.model.producer_name, self.model.producer_version = "cpq_hf", None
         if self.model.opset_imports[""] == OPSET_WITH_INT2:
             self.model.ir_version = IR_WITH_INT2

@@ -120,7 +120,7 @@ def _load(model: str, revision: str | None) -> Any:
     loader = getattr(transformers, names[0], None)
     if not (isinstance(loader, type) and issubclass(loader, PreTrainedModel)):
         raise CPQError(f"{model}: its config.json names {names[0]!r}, which is no model class of transformers")
-    return loader.from_pretrained(model, **options).eval()
+    return loader.from_pretrained(model, config=config, **options).eval()
 
 
 def _is_packed(model: Any) -> bool:

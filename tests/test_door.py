@@ -92,7 +92,7 @@ def test_float_to_training_to_packed(name, tmp_path, records):
     pack_model(model)
     assert torch.equal(logits(model, batch), trained)
     model.save_pretrained(tmp_path / "packed")
-    assert [file.suffix for file in (tmp_path / "packed").iterdir() if "json" not in file.suffix] == [".safetensors"]
+    assert {file.suffix for file in (tmp_path / "packed").iterdir()} == {".safetensors", ".json", ".md", ".png"}
     verified = verify_checkpoint(tmp_path / "packed")
     assert verified["layers"] == len(report["layers"])
     assert torch.equal(logits(reload(cls, tmp_path / "packed"), batch), trained)

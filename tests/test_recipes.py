@@ -24,7 +24,6 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Tokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -67,7 +66,8 @@ def losses(printed: str) -> list[float]:
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    return (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    name = "cpq_model.safetensors"
+    return (one / name).read_bytes() == (other / name).read_bytes()
 
 
 def load(name: str) -> ModuleType:
@@ -271,8 +271,8 @@ def test_what_is_pushed_is_the_packed_model(tmp_path, text_folder, monkeypatch):
     def push_to_hub(part, name, private=None):
         pushed.append((type(part).__name__, name, private, getattr(part, "is_quantized", None)))
 
-    for kind in (PreTrainedModel, PreTrainedTokenizerBase):
-        monkeypatch.setattr(kind, "push_to_hub", push_to_hub)
+    monkeypatch.setattr("cpq_hf.hf.quantizer.push_to_hub", push_to_hub)
+    monkeypatch.setattr(PreTrainedTokenizerBase, "push_to_hub", push_to_hub)
     data = ["--dataset_name", str(text_folder), "--text_column", "review", "--block_size", "32", "--max_steps", "1"]
     hub = ["--push_to_hub", "--hub_model_id", "me/tiny", "--output_dir", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["causal_lm.py", *data, *hub])

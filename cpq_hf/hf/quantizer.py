@@ -183,10 +183,13 @@ def _push_to_hub(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _config_file(config: Any) -> Path | None:
     """config.json that a config was read from, if it is in a folder or in the cache of the Hub."""
-    beside, commit = Path(config._name_or_path) / "config.json", getattr(config, "_commit_hash", None)
+    name, commit = config._name_or_path, getattr(config, "_commit_hash", None)
+    if not name:  # a model class was asked for directly, not an auto class: it keeps no path
+        return None
+    beside = Path(name) / "config.json"
     if beside.is_file():
         return beside
-    cached = None if commit is None else try_to_load_from_cache(config._name_or_path, "config.json", revision=commit)
+    cached = None if commit is None else try_to_load_from_cache(name, "config.json", revision=commit)
     return Path(cached) if isinstance(cached, str) else None
 
 

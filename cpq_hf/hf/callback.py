@@ -131,10 +131,12 @@ class CPQCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        metrics = _last_metrics(args, state)
         if self.controller is not None:
+            metrics = {} if self.controller.learning else metrics  # widths change now, they were of other ones
             self.controller.finish()
         self._detach()
-        note_training(kwargs["model"], training_of(args, state, _last_metrics(args, state), _data(kwargs)))
+        note_training(kwargs["model"], training_of(args, state, metrics, _data(kwargs)))
         if self.pack:
             pack_model(kwargs["model"])
         if self.push is not None and state.is_world_process_zero:
@@ -146,7 +148,7 @@ class CPQCallback(TrainerCallback, ExportableState):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.controller is None:  # after training
+        if self.controller is None and state.global_step > 0:  # after training
             note_training(kwargs["model"], training_of(args, state, kwargs.get("metrics"), _data(kwargs)))
 
     def on_push_begin(

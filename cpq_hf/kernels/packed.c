@@ -40,7 +40,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define BATCH 4
-#define BAND 64            /* rows that one thread takes at a time */
+#define LARGEST_BAND 256   /* rows that a thread takes at a time */
 #define INPUTS_NEAR 32     /* by so many inputs, which stay in its second-level cache */
 #define INPUTS_AT_ONCE 256 /* inputs that are arranged before the threads begin */
 #define WINDOW_BYTES (4 * LANES)
@@ -167,7 +167,7 @@ typedef struct {
     const float *scale, *bias;
     const float *x; /* inputs from `first` on: [input][chunks][V][LANES] */
     void *out;      /* [batch][rows] */
-    int64_t rows, columns, first, row_bytes, groups, chunks;
+    int64_t rows, columns, first, row_bytes, groups, chunks, x_size;
     int64_t inside;  /* rows behind which WINDOW_BYTES can be read: all but the last ones */
     int64_t segment; /* chunks that share the scales of their lanes */
     const int32_t *group_of; /* [chunks][LANES], or NULL where all lanes of a chunk have one scale */
@@ -225,12 +225,12 @@ INLINE uint32_t top_bits(int bits) {
     return top;
 }
 
-/* The scale of each lane in the chunks from `start` on. */
-INLINE floats lane_scales(const task *job, int64_t row, int64_t start) {
+/* The scale of each lane in a segment. */
+INLINE floats lane_scales(const task *job, int64_t row, int64_t segment) {
     const float *scale = job->scale + row * job->groups;
     floats scales = {0};
-    if (job->group_of == NULL) return scales + scale[start / job->segment];
-    for (int k = 0; k < LANES; k++) scales[k] = scale[job->group_of[start * LANES + k]];
+    if (job->group_of == NULL) return scales + scale[segment];
+    for (int k = 0; k < LANES; k++) scales[k] = scale[job->group_of[segment * LANES + k]];
     return scales;
 }
 
@@ -248,7 +248,7 @@ INLINE float sum_of(floats v) {
 INLINE void tile(const task *shared, int64_t row, int64_t input, int bits, int count) {
     const task job = *shared;
     const int values = values_of(bits);
-    const int64_t bytes = chunk_bytes(bits), x_size = job.chunks * values * LANES;
+    const int64_t bytes = chunk_bytes(bits);
     const uint32_t top = top_bits(bits);
     int64_t rows[ROWS];
     const uint8_t *from[ROWS];
@@ -260,8 +260,9 @@ INLINE void tile(const task *shared, int64_t row, int64_t input, int bits, int c
                                        : job.last + (rows[r] - job.inside) * (job.chunks * bytes + WINDOW_BYTES);
         UNROLL for (int b = 0; b < count; b++) total[r][b] = (floats){0};
     }
-    const float *x = job.x + input * x_size;
-    for (int64_t start = 0; start < job.chunks; start += job.segment) {
+    const float *x = job.x + input * job.x_size;
+    int64_t segment = 0;
+    for (int64_t start = 0; start < job.chunks; start += job.segment, segment++) {
         int64_t stop = start + job.segment < job.chunks ? start + job.segment : job.chunks;
         floats part[ROWS][BATCH];
         UNROLL for (int r = 0; r < ROWS; r++)
@@ -279,7 +280,7 @@ INLINE void tile(const task *shared, int64_t row, int64_t input, int bits, int c
             UNROLL for (int n = 0; n < values; n++) {
                 floats values_in[BATCH];
                 UNROLL for (int b = 0; b < count; b++)
-                    memcpy(&values_in[b], x + b * x_size + (chunk * values + n) * LANES, sizeof(floats));
+                    memcpy(&values_in[b], x + b * job.x_size + (chunk * values + n) * LANES, sizeof(floats));
                 UNROLL for (int r = 0; r < ROWS; r++) {
                     floats weight = levels(window[r], n, bits, job.half, table);
                     UNROLL for (int b = 0; b < count; b++) part[r][b] += weight * values_in[b];
@@ -287,7 +288,7 @@ INLINE void tile(const task *shared, int64_t row, int64_t input, int bits, int c
             }
         }
         UNROLL for (int r = 0; r < ROWS; r++) {
-            floats scales = lane_scales(&job, rows[r], start);
+            floats scales = lane_scales(&job, rows[r], segment);
             UNROLL for (int b = 0; b < count; b++) total[r][b] += part[r][b] * scales;
         }
     }
@@ -307,26 +308,27 @@ TILES(2) TILES(3) TILES(4) TILES(5) TILES(6) TILES(7) TILES(8)
 #define ENTRY(B) {tile_##B##1, tile_##B##2, tile_##B##4}
 static const tile_function tile_table[][3] = {ENTRY(2), ENTRY(3), ENTRY(4), ENTRY(5), ENTRY(6), ENTRY(7), ENTRY(8)};
 
+/* Inputs of the next tile, where so many are left. */
+INLINE int tile_inputs(int64_t left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+
 /* One input in the order of the windows, padded with zeros. */
 static void arrange(const task *job, const void *x, int64_t input, float *out, int values) {
-    int64_t column = 0;
-    for (int64_t chunk = 0; chunk < job->chunks; chunk++)
-        for (int k = 0; k < LANES; k++)
-            for (int n = 0; n < values; n++, column++)
-                out[(chunk * values + n) * LANES + k] =
-                    column < job->columns ? load(x, input * job->columns + column, job->bf16) : 0.0f;
+    const int64_t width = (int64_t)values * LANES;
+    for (int64_t chunk = 0; chunk < job->chunks; chunk++) {
+        const int64_t from = input * job->columns + chunk * width, left = job->columns - chunk * width;
+        for (int n = 0; n < values; n++)
+            for (int k = 0; k < LANES; k++)
+                out[chunk * width + n * LANES + k] =
+                    k * values + n < left ? load(x, from + k * values + n, job->bf16) : 0.0f;
+    }
 }
 
-/* BAND rows from `row` on by `count` inputs. */
-static void band(const task *job, int64_t first_row, int64_t count, const tile_function *tiles) {
-    int64_t stop = first_row + BAND < job->rows ? first_row + BAND : job->rows;
+/* Rows of one band by `count` inputs. */
+static void band(const task *job, int64_t first_row, int64_t stop, int64_t count, const tile_function *tiles) {
     for (int64_t near = 0; near < count; near += INPUTS_NEAR) {
         int64_t end = near + INPUTS_NEAR < count ? near + INPUTS_NEAR : count;
         for (int64_t row = first_row; row < stop; row += ROWS) {
-            int64_t i = near;
-            for (; i + 4 <= end; i += 4) tiles[2](job, row, i);
-            for (; i + 2 <= end; i += 2) tiles[1](job, row, i);
-            for (; i < end; i++) tiles[0](job, row, i);
+            for (int64_t i = near; i < end; i += tile_inputs(end - i)) tiles[tile_inputs(end - i) / 2](job, row, i);
         }
     }
 }
@@ -343,15 +345,18 @@ int cpq_linear(const void *x, const uint8_t *packed, const float *scale, const f
                 .groups = groups, .half = offset, .bf16 = bf16};
     job.row_bytes = (columns * bits + 31) / 32 * 4;
     job.chunks = (columns + width - 1) / width;
+    job.x_size = job.chunks * width;
     int mixed = groups > 1 && group % width;
     job.segment = groups <= 1 ? job.chunks : mixed ? 1 : group / width;
     int64_t room = job.chunks * bytes + WINDOW_BYTES, all = rows * job.row_bytes;
     job.inside = all < room ? 0 : (all - room) / job.row_bytes + 1;
     if (job.inside > rows) job.inside = rows;
+    int64_t size = (rows + 4 * threads - 1) / (4 * threads); /* of a band: a few for each thread, of whole tiles */
+    size = size < LARGEST_BAND ? (size + ROWS - 1) / ROWS * ROWS : LARGEST_BAND;
     int64_t at_once = batch < INPUTS_AT_ONCE ? batch : INPUTS_AT_ONCE;
     uint8_t *last = calloc((size_t)(rows - job.inside) + 1, (size_t)room);
     int32_t *group_of = malloc(sizeof(int32_t) * (size_t)(mixed ? job.chunks * LANES : 1));
-    float *arranged = aligned_alloc(64, (sizeof(float) * (size_t)(at_once * job.chunks * width) + 63) / 64 * 64);
+    float *arranged = aligned_alloc(64, (sizeof(float) * (size_t)(at_once * job.x_size) + 63) / 64 * 64);
     int failed = last == NULL || group_of == NULL || arranged == NULL;
     if (!failed) {
         job.last = last;
@@ -366,9 +371,10 @@ int cpq_linear(const void *x, const uint8_t *packed, const float *scale, const f
     }
     for (; !failed && job.first < batch; job.first += at_once) {
         int64_t count = batch - job.first < at_once ? batch - job.first : at_once;
-        for (int64_t i = 0; i < count; i++) arrange(&job, x, job.first + i, arranged + i * job.chunks * width, values);
+        for (int64_t i = 0; i < count; i++) arrange(&job, x, job.first + i, arranged + i * job.x_size, values);
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-        for (int64_t row = 0; row < rows; row += BAND) band(&job, row, count, tile_table[bits - 2]);
+        for (int64_t row = 0; row < rows; row += size)
+            band(&job, row, row + size < rows ? row + size : rows, count, tile_table[bits - 2]);
     }
     free(last);
     free(group_of);

@@ -55,7 +55,7 @@ def run(
     file.write_text(PRELUDE + script)
     done = subprocess.run(
         [sys.executable, *launcher, str(file), str(HERE), "plugin" if plugin else "plain"],
-        env=os.environ | hub.environment(home) | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | hub.environment(home) | {"OMP_NUM_THREADS": "1", "TMPDIR": str(home)},
         cwd=home,
         capture_output=True,
         text=True,

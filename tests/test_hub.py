@@ -58,7 +58,7 @@ def run(
     file.write_text(PRELUDE + script + (LEAVE if launcher else ""))
     done = subprocess.run(
         [sys.executable, *launcher, str(file), str(HERE), "plugin" if plugin else "plain"],
-        env=os.environ | hub.environment(home) | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | hub.environment(home) | {"OMP_NUM_THREADS": "1", "TMPDIR": str(home)},
         cwd=home,
         capture_output=True,
         text=True,
@@ -133,11 +133,10 @@ load = transformers.AutoModelForImageClassification.from_pretrained
 wanted = torch.load({str(tmp_path / "expected.pt")!r})
 for name, revision in (("me/whole", "main"), ("me/shards", "main"), ("me/whole", "small"), ("me/saved", "main")):
     assert torch.equal(logits(load(name, revision=revision), inputs("resnet")), wanted), name
-ModelCard.load("me/whole").validate()
 for number in range(4):
     try:
         load(f"me/damaged-{{number}}")
-    except (CPQError, ValueError) as error:
+    except (ValueError, OSError) as error:
         print(type(error).__name__, error)
 """,
     )
@@ -147,7 +146,7 @@ for number in range(4):
             r"CPQError \S*config.json: altered since it was saved",
             r"CPQError \S*config.json: altered since it was saved",
             r"CPQError \S*cpq_model.safetensors: `\S+` of .*layer `\S+` was altered",
-            r"ValueError Invalid filename '\.\./model.safetensors'",  # by the client
+            r"(ValueError|OSError) Invalid filename '\.\./model.safetensors'",  # by the client
         ),
         strict=True,
     ):

@@ -371,6 +371,7 @@ int cpq_linear(const void *x, const uint8_t *packed, const float *scale, const f
     }
     for (; !failed && job.first < batch; job.first += at_once) {
         int64_t count = batch - job.first < at_once ? batch - job.first : at_once;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && count > BATCH)
         for (int64_t i = 0; i < count; i++) arrange(&job, x, job.first + i, arranged + i * job.x_size, values);
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
         for (int64_t row = 0; row < rows; row += size)

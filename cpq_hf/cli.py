@@ -8,7 +8,6 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,12 +17,13 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PreTrainedModel
 
 from .errors import CPQError
+from .export import default_inputs, export_compressed_tensors, export_onnx
 from .hf import pack_model, verify_checkpoint
 from .hf.checkpoint import STEM
 from .hf.hub import push_folder
-from .summary import Summary, summarize
+from .summary import Summary, readable_size, summarize
 
-WRITERS = {"compressed-tensors": "export_compressed_tensors", "onnx": "export_onnx"}
+WRITERS: dict[str, Callable[..., Any]] = {"compressed-tensors": export_compressed_tensors, "onnx": export_onnx}
 MODEL = "folder of a checkpoint, or the id of a repository on the Hub"
 
 
@@ -66,16 +66,16 @@ def pack(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     pack_model(model)
     model.save_pretrained(args.folder, max_shard_size=args.max_shard_size)
     found = {"folder": str(args.folder)} | verify_checkpoint(args.folder)
-    return found, f"{args.folder}: {found['layers']} packed layers, {_size(found['bytes'])}"
+    return found, f"{args.folder}: {found['layers']} packed layers, {readable_size(found['bytes'])}"
 
 
 def export(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Write a checkpoint that plain tools read."""
-    writer = getattr(import_module(__package__ or ""), WRITERS[args.to], None)
-    if writer is None:
-        raise CPQError(f"this version of cpq_hf has no `{WRITERS[args.to]}`")
     model = _load(args.model, args.revision)
-    writer(model, args.target, *([_example_inputs(model)] if args.to == "onnx" else []))
+    inputs = default_inputs(model)
+    if args.to == "onnx" and "input_ids" in inputs:  # what is not in the example is no input of the file
+        inputs |= {"attention_mask": torch.ones_like(inputs["input_ids"])}
+    WRITERS[args.to](model, args.target, inputs)
     return {"target": str(args.target), "format": args.to}, f"{args.target}: written as {args.to}"
 
 
@@ -86,7 +86,7 @@ def verify(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         folder = snapshot_download(args.model, revision=args.revision, allow_patterns=["config.json", f"{STEM}*"])
     found = {"model": args.model} | verify_checkpoint(folder)
     count = f"{found['tensors']} tensors of {len(found['files'])} files, {found['layers']} packed layers"
-    return found, f"{args.model}: whole: {count}, {_size(found['bytes'])}"
+    return found, f"{args.model}: whole: {count}, {readable_size(found['bytes'])}"
 
 
 def push(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -127,18 +127,6 @@ def _is_packed(model: Any) -> bool:
     return bool(model.config.quantization_config.packed)
 
 
-def _example_inputs(model: Any) -> dict[str, torch.Tensor]:
-    """A batch of one, for tracing."""
-    name, config = model.main_input_name, model.config
-    if name == "pixel_values":
-        side = getattr(config, "image_size", None) or 224
-        height, width = (side, side) if isinstance(side, int) else side
-        return {name: torch.zeros(1, getattr(config, "num_channels", 3), height, width)}
-    if name == "input_ids":
-        return {name: torch.ones(1, 8, dtype=torch.int64), "attention_mask": torch.ones(1, 8, dtype=torch.int64)}
-    raise CPQError(f"{type(model).__name__} takes `{name}`: call `cpq_hf.export_onnx` with an example of your own")
-
-
 def _as_text(report: Summary, width: int) -> str:
     """The table of layers in `width` columns: long names lose their beginning."""
     rows = [("layer", "kind", "bits", "act", "granularity", "shape")]
@@ -161,10 +149,6 @@ def _as_text(report: Summary, width: int) -> str:
 
 def _cut(text: str, size: int) -> str:
     return text if len(text) <= size else "…" + text[len(text) - size + 1 :]
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.3g} MB"
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

@@ -332,16 +332,20 @@ def _fit_rows(x: Tensor, bits: int, signed: bool, offset: float) -> Tensor:
     top = 2 * (largest / max(map(abs, level_bounds(bits, signed)))).clamp(min=torch.finfo(x.dtype).tiny)
     coarse = torch.arange(_COARSE, dtype=x.dtype, device=x.device)
     fine = torch.arange(_FINE, dtype=x.dtype, device=x.device) - (_FINE - 1) / 2
-    best, least, refit = _best_step(x, top * _RATIO**-coarse, bits, signed, offset)
-    for tries in (best * _RATIO ** (fine * 2 / _FINE), *[None] * _DESCENTS):
-        alpha, error, again = _best_step(x, refit if tries is None else tries, bits, signed, offset)
-        better = error < least
-        best, refit = torch.where(better, alpha, best), torch.where(better, again, refit)
-        least = torch.minimum(error, least)
-    return torch.where(largest > 0, best, 0)
+    best = _best_step(x, top * _RATIO**-coarse, bits, signed, offset)
+    best = _better(best, _best_step(x, best[0] * _RATIO ** (fine * 2 / _FINE), bits, signed, offset))
+    for _ in range(_DESCENTS):
+        best = _better(best, _best_step(x, best[2], bits, signed, offset))
+    return torch.where(largest > 0, best[0], 0)
 
 
-def _best_step(x: Tensor, tries: Tensor, bits: int, signed: bool, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+def _better(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Row by row, the other where its error (second in both) is smaller."""
+    smaller = other[1] < one[1]
+    return tuple(torch.where(smaller, b, a) for a, b in zip(one, other, strict=True))
+
+
+def _best_step(x: Tensor, tries: Tensor, bits: int, signed: bool, offset: float) -> tuple[Tensor, ...]:
     """Of step sizes `[rows, tries]` the one with the least squared error, that error, and what fits its levels best;
     each `[rows, 1]`."""
     found = cpu.try_steps(x, tries, bits, signed, offset) or _try_steps(x, tries, bits, signed, offset)

@@ -151,7 +151,8 @@ class Summary:
         lines.append(
             f"{self.quantized_elements:,} of {self.all_elements:,} weights quantized "
             f"({self.quantized_elements / max(1, self.all_elements):.1%}), mean {self.mean_bits:.2f} bits "
-            f"({self.mean_bits_all:.2f} over all), packed {_size(self.packed_bytes)} of {_size(self.float_bytes)}"
+            f"({self.mean_bits_all:.2f} over all), packed {readable_size(self.packed_bytes)} "
+            f"of {readable_size(self.float_bytes)}"
         )
         if self.float_layers:
             lines.append(
@@ -234,7 +235,8 @@ def _distance(layer: nn.Module) -> float | None:
     return float(layer.weight_quantizer.cluster_distance(layer.weight))
 
 
-def _size(count: int) -> str:
+def readable_size(count: int) -> str:
+    """Bytes in a unit that leaves few digits."""
     value = float(count)
     for unit in ("B", "KB", "MB", "GB"):
         if value < 1000 or unit == "GB":

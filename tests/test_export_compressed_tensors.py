@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import CONFIGS, VOCABULARY, auto_class, build, inputs, logits
+from models import CONFIGS, auto_class, build, inputs, logits
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertForMaskedLM, PreTrainedModel, Qwen3MoeConfig
+from transformers import AutoModel, BertConfig, BertForMaskedLM, PreTrainedModel
 
 import cpq_hf
 from cpq_hf import CPQConfig, CPQError, calibrate_model, export_compressed_tensors, pack_model, prepare_model
@@ -198,23 +198,9 @@ def test_architectures(name, tmp_path, caplog, in_process):
 
 
 def test_experts_of_a_model_share_a_container(tmp_path, in_process):
-    config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        moe_intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=16,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
     widths = {"model.layers.1.mlp.experts.down_proj": {"weight_bits": 6, "granularity": "group", "group_size": 8}}
-    model = packed("llama", AutoModelForCausalLM.from_config(config).eval(), weight_bits=3, overrides=widths)
-    report = export(model, tmp_path / "out", "llama")
+    model = packed("qwen3-moe", weight_bits=3, overrides=widths)
+    report = export(model, tmp_path / "out", "qwen3-moe")
     assert {bits for name, bits in report["containers"].items() if "experts" in name} == {6}
     weights = {
         group["weights"]["group_size"] for group in groups(tmp_path / "out") if "experts" in group["targets"][0]

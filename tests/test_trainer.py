@@ -375,3 +375,10 @@ def test_what_needs_whole_parameters_is_refused_under_deepspeed(fields, tmp_path
     assert callback.controller is None
     plain = prepare_model(build("resnet"), CPQConfig())
     callback.on_train_begin(args, state, None, model=plain, optimizer=torch.optim.AdamW(plain.parameters()))
+
+
+def test_a_token_stays_out_of_checkpoints():
+    callback = CPQCallback(push={"repo_id": "me/model", "token": "hf_secret", "private": True})
+    state = callback.state()
+    assert state["args"]["push"] == {"repo_id": "me/model", "private": True}
+    assert callback.push["token"] == "hf_secret"

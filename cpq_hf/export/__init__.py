@@ -2,5 +2,6 @@
 
 from .compressed_tensors import export_compressed_tensors
 from .onnx import export_onnx
+from .reload import default_inputs
 
-__all__ = ["export_compressed_tensors", "export_onnx"]
+__all__ = ["default_inputs", "export_compressed_tensors", "export_onnx"]

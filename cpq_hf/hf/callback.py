@@ -159,9 +159,12 @@ class CPQCallback(TrainerCallback, ExportableState):
             take_over_from_trainer(kwargs["model"], Path(str(args.output_dir)), place)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint of the Trainer keeps of this callback."""
+        """What a checkpoint of the Trainer keeps of this callback; a token stays out of files."""
+        push = self.push
+        if isinstance(push, dict):
+            push = {name: value for name, value in push.items() if name != "token"}
         controller_state = None if self.controller is None else self.controller.state_dict()
-        return {"args": {"pack": self.pack, "push": self.push}, "attributes": {"controller_state": controller_state}}
+        return {"args": {"pack": self.pack, "push": push}, "attributes": {"controller_state": controller_state}}
 
     def _detach(self) -> None:
         if self.controller is not None:

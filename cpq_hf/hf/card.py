@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.modelcard import TASK_MAPPING
 
 from ..errors import CPQError
-from ..summary import Summary, summarize
+from ..summary import Summary, readable_size, summarize
+from ..version import __version__
 from .config import CPQConfig
 
 CARD, PICTURE = "README.md", "bits.png"
@@ -172,7 +172,7 @@ def _body(model: Any, report: Summary, base_model: Any, place: str, picture: boo
                 "Bits a quantized weight": f"{report.mean_bits:.2f}",
                 "Bits a weight, over all": f"{report.mean_bits_all:.2f}",
                 "Bits of inputs": " to ".join(map(str, dict.fromkeys((*inputs[:1], *inputs[-1:])))) or "not quantized",
-                "Size": f"{_mega(report.packed_bytes)} ({_mega(report.float_bytes)} in float32)",
+                "Size": f"{readable_size(report.packed_bytes)} ({readable_size(report.float_bytes)} in float32)",
                 "In floating point": ", ".join(f"`{name}`" for name in list(report.float_layers)[:8]) or "nothing",
             },
         ),
@@ -189,7 +189,7 @@ def _body(model: Any, report: Summary, base_model: Any, place: str, picture: boo
         "## How it was made",
         f"```python\n{_recipe(config)}\n```",
         _table(("Training", ""), training.settings) if training.settings else "",
-        f"Versions: cpq_hf {import_module(__name__.partition('.')[0]).__version__}, "  # the root is above this room
+        f"Versions: cpq_hf {__version__}, "
         f"transformers {transformers.__version__}, torch {torch.__version__}, "
         f"huggingface_hub {huggingface_hub.__version__}.",
     ]
@@ -257,7 +257,3 @@ def _recipe(config: CPQConfig) -> str:
 def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> str:
     lines = [f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     return "\n".join(lines)
-
-
-def _mega(count: int) -> str:
-    return f"{count / 1e6:.3g} MB"

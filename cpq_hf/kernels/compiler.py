@@ -36,7 +36,8 @@ def _build(source: Path, flags: tuple[str, ...]) -> Path:
     compiler = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")))), None)
     if compiler is None:
         raise FileNotFoundError("no C compiler (cc, gcc or clang) on the path")
-    what = [source.read_text(encoding="utf-8"), compiler, str(flags), str(_VARIANTS), _machine()]
+    files = [source, *sorted(source.parent.glob("*.h"))]
+    what = [*(file.read_text(encoding="utf-8") for file in files), compiler, str(flags), str(_VARIANTS), _machine()]
     digest = hashlib.sha256("\0".join(what).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cpq_hf"
     target = cache / f"{source.stem}-{digest}.so"

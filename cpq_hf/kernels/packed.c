@@ -20,6 +20,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "values.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -38,7 +40,6 @@
 #error "words are read as bytes, least significant first"
 #endif
 
-#define INLINE static inline __attribute__((always_inline))
 #define BATCH 4
 #define LARGEST_BAND 256   /* rows that a thread takes at a time */
 #define INPUTS_NEAR 32     /* by so many inputs, which stay in its second-level cache */
@@ -49,25 +50,6 @@
 typedef float floats __attribute__((vector_size(WINDOW_BYTES)));
 typedef int32_t ints __attribute__((vector_size(WINDOW_BYTES)));
 typedef uint32_t words __attribute__((vector_size(WINDOW_BYTES)));
-
-INLINE float load(const void *data, int64_t i, int bf16) {
-    if (!bf16) return ((const float *)data)[i];
-    uint32_t bits = (uint32_t)((const uint16_t *)data)[i] << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-INLINE void store(void *data, int64_t i, float value, int bf16) {
-    if (!bf16) {
-        ((float *)data)[i] = value;
-        return;
-    }
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16; /* to nearest, ties to even */
-    ((uint16_t *)data)[i] = (uint16_t)(value != value ? 0x7fc0u : rounded);
-}
 
 /* --- writing weights out --------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from statistics import median
 
 import torch
 import transformers
+from timing import paired, ratio, resident
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -118,21 +119,15 @@ def models(build: Callable[[], nn.Module], args: Arguments, skip: tuple[str, ...
 @torch.inference_mode()
 def timed(title: str, steps: dict[str, Step], models: dict[str, nn.Module], items: int, args: Arguments) -> None:
     """Times of all steps in turns, as a table; `items` a step makes items a second."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for number in range(2 + args.rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            if name.startswith("CPQ"):
-                fast_inference(models[name], name == "CPQ fast")
-            start = time.perf_counter()
-            steps[name]()
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-            if number >= 2:
-                times[name].append(time.perf_counter() - start)
+
+    def switch(name: str) -> None:
+        if name.startswith("CPQ"):
+            fast_inference(models[name], name == "CPQ fast")
+
+    times = paired(steps, args.rounds, warmup=2, before=switch)
     print(f"\n| {title} | ms | a second | speed of float32 |\n|---|---|---|---|")
     for name, values in times.items():
-        speed = median(base / own for base, own in zip(times["float32"], values, strict=True))
+        speed = 1 / ratio(times, name, "float32")
         print(f"| {name} | {median(values) * 1e3:.2f} | {items / median(values):.1f} | {speed:.2f} |", flush=True)
 
 
@@ -171,17 +166,11 @@ def whole_models(args: Arguments) -> None:
         timed("BERT base, 4 layers, batch of 8 x 64 tokens: sequences", steps, found, 8, args)
     if "resnet" in args.parts:
         print("\ntorchao has no 4-bit convolution, optimum-quanto refuses 1000 rows (no multiple of 16): left out")
-        found, images = models(resnet, args, skip=tuple(PEERS)), torch.randn(4, 3, 224, 224)
-        images = images.to(args.device)
+        found = models(resnet, args, skip=tuple(PEERS))
+        images = torch.randn(4, 3, 224, 224, device=args.device)
         inputs = {name: images.to(next(m.parameters()).dtype) for name, m in found.items()}
         steps = {name: partial(model, inputs[name]) for name, model in found.items()}
         timed("ResNet-18, 4 images of 224 x 224: images", steps, found, 4, args)
-
-
-def status(line: str) -> float:
-    """A line of /proc/self/status in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(value.split()[1]) / 1024 for value in lines if value.startswith(line + ":"))
 
 
 @torch.inference_mode()
@@ -193,7 +182,7 @@ def load(folder: str, fast: bool) -> tuple[float, float, float, float, float]:
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     small = LlamaConfig(vocab_size=8, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
     AutoModelForCausalLM.from_config(small)(torch.tensor([[1]]))  # what the libraries themselves load and allocate
-    before = status("VmRSS")
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -202,10 +191,8 @@ def load(folder: str, fast: bool) -> tuple[float, float, float, float, float]:
         fast_inference(model)
     model(torch.tensor([[1]]))
     first = time.perf_counter() - start
-    for _ in range(3):
-        model(torch.tensor([[1]]))
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / 2**20
-    return loaded, first, weights, status("VmRSS") - before, status("VmHWM") - before
+    return loaded, first, weights, resident("VmRSS") - before, resident("VmHWM") - before
 
 
 def loading(args: Arguments) -> None:
@@ -224,10 +211,8 @@ def loading(args: Arguments) -> None:
         print("|---|---|---|---|---|---|---|")
         for name, kind in (("float32", "float"), ("CPQ exact", "packed"), ("CPQ fast", "packed")):
             file = sum(path.stat().st_size for path in Path(folder, kind).glob("*.safetensors")) / 2**20
-            results = []
-            for _ in range(3):
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    results.append(pool.apply(load, (f"{folder}/{kind}", name == "CPQ fast")))
+            with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+                results = [pool.apply(load, (f"{folder}/{kind}", name == "CPQ fast")) for _ in range(3)]
             loaded, first, *sizes = (median(values) for values in zip(*results, strict=True))
             cells = " | ".join(f"{value:.0f}" for value in sizes)
             print(f"| {name} | {file:.0f} | {loaded:.2f} | {first:.2f} | {cells} |", flush=True)

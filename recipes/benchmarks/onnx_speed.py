@@ -11,15 +11,16 @@ difference from the product in float64, in parts of its largest value. `float` i
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import time
 import warnings
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import onnxruntime
 import torch
+from timing import paired
 from torch import nn
 
 from cpq_hf import CPQConfig, export_onnx, pack_model, prepare_model
@@ -95,16 +96,13 @@ def main() -> None:
     for batch in BATCHES:
         x = torch.randn(batch, args.size)
         want = (x.double() @ weight.double().T).numpy()
-        times: list[list[float]] = [[] for _ in ROWS]
-        for turn in range(args.rounds + 2):
-            for place, session in enumerate(sessions):
-                start = time.perf_counter()
-                (got,) = session.run(None, {"input": x.numpy()})
-                if turn >= 2:  # the first are warm-up
-                    times[place].append(1e3 * (time.perf_counter() - start))
-                errors[place] = max(errors[place], float(np.abs(got - want).max() / np.abs(want).max()))
-        for place, of_row in enumerate(times):
-            milliseconds[place].append(statistics.median(of_row))
+        inputs = {"input": x.numpy()}
+        for place, session in enumerate(sessions):
+            (got,) = session.run(None, inputs)
+            errors[place] = max(errors[place], float(np.abs(got - want).max() / np.abs(want).max()))
+        times = paired({str(i): partial(s.run, None, inputs) for i, s in enumerate(sessions)}, args.rounds, warmup=2)
+        for of_row, seconds in zip(milliseconds, times.values(), strict=True):
+            of_row.append(1e3 * median(seconds))
 
     print("| form | session | " + " | ".join(f"batch {batch}, ms" for batch in BATCHES) + " | difference |")
     print("|---|---|" + "---|" * (len(BATCHES) + 1))

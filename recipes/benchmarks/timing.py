@@ -12,13 +12,22 @@ import torch
 Times = dict[str, list[float]]
 
 
-def paired(steps: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> Times:
-    """Seconds of each call, round by round. The order rotates, so that none always comes after the same."""
+def paired(
+    steps: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 3,
+    before: Callable[[str], object] = lambda name: None,
+) -> Times:
+    """Seconds of each call, round by round. The order rotates, so that none always comes after the same.
+
+    `before` is called with the name ahead of each call, and not timed.
+    """
     times: Times = {name: [] for name in steps}
     names = list(steps)
     for number in range(warmup + rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
+            before(name)
             synchronize()
             start = time.perf_counter()
             steps[name]()

@@ -123,7 +123,7 @@ def test_step_time_benchmark(tmp_path):
 
 def test_kernels_benchmark(tmp_path):
     settings = ("--millions", "0.1", "--bits", "2", "--granularities", "tensor", "channel", "group")
-    printed = run("benchmarks/kernels.py", *settings, "--rounds", "2", cwd=tmp_path)
+    printed = run("benchmarks/kernel_time.py", *settings, "--rounds", "2", cwd=tmp_path)
     assert printed.count("| CPQ |") == 3
     assert printed.count("| LSQ |") == 2
     peaks = [float(line.split()[-2]) for line in printed.splitlines() if line.endswith(" MB")]

@@ -1,9 +1,10 @@
 """What the quantizer of one weight costs, forward and backward: time against a copy and LSQ; and peak memory.
 
-    python recipes/benchmarks/kernels.py
-    python recipes/benchmarks/kernels.py --millions 1 10 --bits 2 4 8 --compiled  # LSQ compiled, too
+    python recipes/benchmarks/kernel_time.py
+    python recipes/benchmarks/kernel_time.py --millions 1 10 --bits 2 4 8 --compiled  # LSQ compiled, too
 
-LSQ is `lsq.py`, in eager PyTorch, and with `--compiled` by torch's own compiler.
+LSQ is `lsq.py`, in eager PyTorch, and with `--compiled` by torch's own compiler. (Not called kernels.py: transformers
+would take it for the package of that name.)
 """
 
 from __future__ import annotations

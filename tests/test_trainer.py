@@ -138,21 +138,22 @@ def run(folder, resume=None, config=None, **fields):
     return trainer
 
 
+OTHER_CONFIGS = {
+    "weight_bits": (5, "saved with `weight_bits=4`, this run has `weight_bits=5`"),
+    "min_bits": (3, "saved with `min_bits=2`"),
+    "overrides": ({"classifier": {"weight_bits": 8}}, r"lacks `classifier.1.input_quantizer`.*\(2 quantizers"),
+    "activation_bits": (None, "has `.*input_quantizer`, which this model lacks"),
+    "granularity": ("tensor", r"the shape \[\d+, 1\] in the state to load and \[1\] in this model"),
+}
+
+
 @pytest.mark.shows("a checkpoint of another config is refused", "Trainer")
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"weight_bits": 5}, "saved with `weight_bits=4`, this run has `weight_bits=5`"),
-        ({"min_bits": 3}, "saved with `min_bits=2`"),
-        ({"overrides": {"classifier": {"weight_bits": 8}}}, r"lacks `classifier.1.input_quantizer`.*\(2 quantizers"),
-        ({"activation_bits": None}, "has `.*input_quantizer`, which this model lacks"),
-        ({"granularity": "tensor"}, r"the shape \[\d+, 1\] in the state to load and \[1\] in this model"),
-    ],
-)
-def test_a_checkpoint_of_another_config_is_refused(change, said, tmp_path):
+@pytest.mark.parametrize("name", OTHER_CONFIGS)
+def test_a_checkpoint_of_another_config_is_refused(name, tmp_path):
+    value, said = OTHER_CONFIGS[name]
     run(tmp_path / "one", max_steps=2)
     with pytest.raises(CPQError, match=said):
-        run(tmp_path / "two", str(tmp_path / "one" / "checkpoint-2"), config=change)
+        run(tmp_path / "two", str(tmp_path / "one" / "checkpoint-2"), config={name: value})
 
 
 @pytest.mark.shows("resumed with accumulation: the same bits", "Trainer")

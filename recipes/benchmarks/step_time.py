@@ -169,10 +169,11 @@ def main() -> None:
             print("| method | ms | of float | of LSQ | peak MB |\n|---|---|---|---|---|")
             with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
                 for name, values in times.items():
+                    of_lsq = f"{ratio(times, name, 'LSQ'):.2f}" if "LSQ" in times else "-"
                     peak = f"{pool.apply(peak_of, (name, *setting)):.0f}" if weigh else "-"
                     print(
                         f"| {name} | {median(values) * 1e3:.1f} | {ratio(times, name, 'float'):.2f} | "
-                        f"{ratio(times, name, 'LSQ'):.2f} | {peak} |",
+                        f"{of_lsq} | {peak} |",
                         flush=True,
                     )
 

@@ -113,6 +113,17 @@ def fake_quantize_dropped(
     return _Grid.apply(x, alpha, noise, keep, last_levels, bits, signed, alpha_gradient_scale, centered)
 
 
+@torch.no_grad()
+def quantize_again(node: Any) -> Tensor:
+    """The output of [`fake_quantize`] or [`fake_quantize_dropped`] again, to the bit.
+
+    Args:
+        node (`torch.autograd.graph.Node`): The `grad_fn` of that output, of a graph that backward has not freed.
+    """
+    x, alpha, _, _, last_levels = node.saved_tensors
+    return _quantize(x, alpha, last_levels, node.bits, node.signed, node.centered)
+
+
 def draw_last_levels(x: Tensor, keep: Tensor, signed: bool, min_bits: int) -> Tensor:
     """Draw a bit-width `k = min_bits + #{j : u < P_j}` for every element, `u` uniform; its last level `hi_k`.
 
@@ -164,12 +175,7 @@ class _Grid(torch.autograd.Function):
     def forward(ctx, x, alpha, noise, keep, last_levels, bits, signed, alpha_gradient_scale, centered):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, alpha, noise, keep, last_levels)
         ctx.bits, ctx.signed, ctx.centered, ctx.alpha_gradient_scale = bits, signed, centered, alpha_gradient_scale
-        if (quantized := cpu.quantize(x, alpha, bits, signed, last_levels, centered)) is not None:
-            return quantized
-        lo, hi, coarser, offset = _own_grid(bits, signed, last_levels, alpha.dtype, centered)
-        own_alpha = alpha * coarser
-        levels = _shift(_position(x, own_alpha), -offset).round_().clamp_(lo, hi)
-        return _shift(levels, offset).mul_(own_alpha).to(x.dtype)
+        return _quantize(x, alpha, last_levels, bits, signed, centered)
 
     @staticmethod
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
@@ -200,6 +206,15 @@ class _Grid(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = density.mul_(g).to(x.dtype)
         return grad_x, grad_alpha, grad_noise, grad_keep, None, None, None, None, None
+
+
+def _quantize(x: Tensor, alpha: Tensor, last_levels: Tensor | None, bits: int, signed: bool, centered: bool) -> Tensor:
+    if (quantized := cpu.quantize(x, alpha, bits, signed, last_levels, centered)) is not None:
+        return quantized
+    lo, hi, coarser, offset = _own_grid(bits, signed, last_levels, alpha.dtype, centered)
+    own_alpha = alpha * coarser
+    levels = _shift(_position(x, own_alpha), -offset).round_().clamp_(lo, hi)
+    return _shift(levels, offset).mul_(own_alpha).to(x.dtype)
 
 
 def _shift(v: Tensor, offset: Any) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from . import grid
 from .errors import CPQError
+from .recompute import passed_on, remember
 from .sharding import assign_whole, whole
 from .spec import ActivationSpec, WeightSpec, level_bounds, level_offset
 
@@ -147,8 +148,10 @@ class Quantizer(nn.Module):
                 keep = (1 - self.drop_rate).expand(bits - self.min_bits).cumprod(0)
         scale = gradient_scale(elements, bits, signed)
         if keep is None:
-            return grid.fake_quantize(x, alpha, self.noise, bits, signed, scale, centered)
-        return grid.fake_quantize_dropped(x, alpha, self.noise, keep, bits, signed, self.min_bits, scale, centered)
+            return remember(grid.fake_quantize(x, alpha, self.noise, bits, signed, scale, centered))
+        return remember(
+            grid.fake_quantize_dropped(x, alpha, self.noise, keep, bits, signed, self.min_bits, scale, centered)
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -181,7 +184,7 @@ class WeightQuantizer(Quantizer):
         spec = self.spec
         grouped = to_grouped(weight, spec)
         quantized = self._quantize(grouped, self._shape, True, spec.elements_per_scale, spec.centered)
-        return from_grouped(quantized, spec)
+        return passed_on(quantized, from_grouped(quantized, spec))
 
     def current_spec(self) -> WeightSpec:
         spec: WeightSpec = super().current_spec()

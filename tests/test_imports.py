@@ -10,7 +10,7 @@ import cpq_hf
 PACKAGE = Path(cpq_hf.__file__).parent
 RANKS = [
     {"errors", "spec", "packing", "schedule", "kernels", "sharding", "version"},
-    {"grid", "plan"},
+    {"grid", "plan", "recompute"},
     {"quantizer"},
     {"nn"},
     {"selection", "surgery", "summary"},
@@ -25,6 +25,7 @@ WITHIN = {
     "spec": {"errors"},
     "kernels": {"packing", "spec"},
     "plan": {"grid"},
+    "recompute": {"grid"},
     "surgery": {"selection"},
     "summary": {"surgery"},
 }

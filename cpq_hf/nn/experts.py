@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import CPQError
 from ..quantizer import WeightQuantizer
+from ..recompute import kept_as_recipes
 from ..spec import LayerSpec
 from .packed import PackedLayer, fill_packed
 from .training import TrainingLayer, register_input_quantizer, swap_class
@@ -85,15 +86,19 @@ class Experts(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         parameters = self._parameters
         weights = dict(parameters)  # a copy: the parameters never leave the module, not even for the time of a call
+        quantized: list[Tensor] = []
         for name in (*INPUTS, OUTPUT):  # loops, not comprehensions: torch.compile cannot look into their closures here
             grid = self.grid(name)
             if grid is not None:
-                weights[name] = grid.quantized_weight()  # type: ignore[assignment]  # no Parameter, for a call
+                quantized.append(grid.quantized_weight())
+                weights[name] = quantized[-1]  # type: ignore[assignment]  # no Parameter, for a call
                 if name in INPUTS:
                     hidden_states = grid.quantized_input(hidden_states)
+                    quantized.append(hidden_states)
         vars(self)["_parameters"] = weights
         try:
-            return super().forward(hidden_states, *args, **kwargs)
+            with kept_as_recipes(*quantized):
+                return super().forward(hidden_states, *args, **kwargs)
         finally:
             vars(self)["_parameters"] = parameters
 

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import CPQError
 from ..quantizer import ActivationQuantizer, WeightQuantizer
+from ..recompute import multiply
 from ..spec import LayerSpec
 
 
@@ -56,28 +57,28 @@ class CPQLinear(TrainingLayer, nn.Linear):
     """`nn.Linear` on the grid."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
+        return multiply(F.linear, self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
 class CPQConv2d(TrainingLayer, nn.Conv2d):
     """`nn.Conv2d` on the grid; any stride, dilation, groups and padding mode."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+        return multiply(self._conv_forward, self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
 class CPQConv1d(TrainingLayer, nn.Conv1d):
     """`nn.Conv1d` on the grid, that of audio models; any stride, dilation, groups and padding mode."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+        return multiply(self._conv_forward, self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
 class CPQConv1D(TrainingLayer, Conv1D):  # type: ignore[misc]
     """transformers' `Conv1D` (a linear layer with its weight stored `[in, out]`) on the grid."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv1d_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
+        return multiply(conv1d_forward, self.quantized_input(x), self.quantized_weight(), self.bias)
 
 
 class FixedVocabulary(nn.Module):

@@ -5,9 +5,10 @@
 
 A step is forward, backward, AdamW and, for CPQ, its controller. Each round times one step of every method, in an order
 that rotates; printed are medians over the rounds and medians of the ratios within a round. Peak memory is that of a
-whole process (weights, gradients, optimizer, activations) above what it had before the model was built; on a GPU, what
-was allocated there. LSQ is `lsq.py`; the other packages come with `pip install .[peers]` and are left out where they
-are not installed, or where they fail, which is then said.
+whole process (weights, gradients, optimizer, activations) above what it had before the model was built, with an
+allocator that gives back at once what is freed; on a GPU, what was allocated there. LSQ is `lsq.py`; the other
+packages come with `pip install .[peers]` and are left out where they are not installed, or where they fail, which is
+then said.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # row -> method of methods.p
     "optimum-quanto": ("quanto", {}),
 }
 PACKAGES = {"torchao": "torchao", "brevitas": "brevitas", "quanto": "optimum"}
+FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # of glibc, in bytes
 PRECISIONS = ("float32", "bfloat16 autocast", "bfloat16")
 BITS = {"resnet": (4, 4), "vit": (4, 4), "bert": (4, 8), "llama": (4, 8)}
 
@@ -167,6 +169,7 @@ def main() -> None:
             del steps
             print(f"\n**{args.size} {model}, W{BITS[model][0]}A{BITS[model][1]}, {precision}**\n")
             print("| method | ms | of float | of LSQ | peak MB |\n|---|---|---|---|---|")
+            os.environ.update(FREED_AT_ONCE)  # for the processes that are weighed
             with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
                 for name, values in times.items():
                     of_lsq = f"{ratio(times, name, 'LSQ'):.2f}" if "LSQ" in times else "-"

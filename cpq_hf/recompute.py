@@ -1,0 +1,122 @@
+"""Outputs of quantizers are made again in backward instead of kept: training takes hardly more memory than in float.
+
+A layer multiplies its quantized input with its quantized weight. Autograd would keep both for backward, beside the
+input and the weight themselves, which the quantizers keep for their own gradients: a second copy of the model and of
+every input. Making them again is one pass over memory each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from . import grid
+
+SMALLEST = 1 << 14  # elements; below, the calls cost more than the memory is worth
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make a tensor again.
+
+    Args:
+        node (`torch.autograd.graph.Node`): What [`grid.quantize_again`] takes; it belongs to the same graph.
+        dtype (`torch.dtype`): Of the tensor.
+    """
+
+    node: Any
+    dtype: torch.dtype
+
+    def make(self) -> Tensor:
+        return grid.quantize_again(self.node).to(self.dtype)
+
+
+def remember(quantized: Tensor) -> Tensor:
+    """The output of `grid.fake_quantize`, as a tensor that carries its recipe where it has a gradient."""
+    if not torch.compiler.is_compiling() and quantized.grad_fn is not None:
+        _write(quantized, Recipe(quantized.grad_fn, quantized.dtype))
+    return quantized
+
+
+def passed_on(quantized: Tensor, view: Tensor) -> Tensor:
+    """`view`, with the recipe of `quantized` if it has the same memory."""
+    if torch.compiler.is_compiling():
+        return view
+    recipe = _read(quantized)
+    if recipe is not None and _memory(view) == _memory(quantized):
+        _write(view, recipe)
+    return view
+
+
+def multiply(operation: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`operation(x, weight, bias)`, a product, that keeps recipes where `x` and `weight` carry them."""
+    if torch.compiler.is_compiling():
+        return operation(x, weight, bias)
+    x, weight = _cast(x), _cast(weight)
+    with kept_as_recipes(x, weight):
+        return operation(x, weight, bias)
+
+
+def kept_as_recipes(*tensors: Tensor) -> AbstractContextManager[Any]:
+    """While it is entered, autograd keeps the recipes of these tensors where they carry one.
+
+    Where others watch what autograd keeps (gradient checkpointing, offloading) and under `torch.compile`, whose own
+    compiler decides what is kept, nothing changes.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _is_watched():
+        return nullcontext()
+    recipes = {
+        _memory(tensor): recipe
+        for tensor in tensors
+        if (recipe := _read(tensor)) is not None and tensor.numel() >= SMALLEST
+    }
+    if not recipes:
+        return nullcontext()
+
+    def pack(tensor: Tensor) -> Any:
+        recipe = recipes.get(_memory(tensor))
+        return (recipe, tensor.shape, tensor.stride(), tensor.storage_offset()) if recipe else tensor
+
+    return saved_tensors_hooks(pack, _unpack)
+
+
+def _unpack(kept: Any) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    recipe, *layout = kept
+    return recipe.make().as_strided(*layout)
+
+
+def _cast(tensor: Tensor) -> Tensor:
+    """As autocast would cast the operand of a product, but with a recipe."""
+    device, recipe = tensor.device.type, _read(tensor)
+    if recipe is None or tensor.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return tensor
+    dtype = torch.get_autocast_dtype(device)
+    cast = tensor.to(dtype)
+    _write(cast, replace(recipe, dtype=dtype))
+    return cast
+
+
+def _is_watched() -> bool:
+    """Whether hooks on what autograd keeps are in place already, which ours would hide. (No public way to ask.)"""
+    ask = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return ask is None or ask(True) is not None
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _read(tensor: Tensor) -> Recipe | None:
+    return getattr(tensor, "_cpq_recipe", None)
+
+
+def _write(tensor: Tensor, recipe: Recipe) -> None:
+    tensor._cpq_recipe = recipe  # type: ignore[attr-defined]

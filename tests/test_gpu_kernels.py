@@ -367,16 +367,15 @@ def test_models_compile_with_and_without_the_kernels(learn_bits, monkeypatch, la
     quantizer.dropping = True
     quantizer.drop_rate.fill_(0.3)
     x = torch.randn(5, 40, device=DEVICE)
-    for backend, expected in ((gpu, 2), (BACKENDS["cpu"] if CUDA else None, 0)):
-        if backend is None:
-            monkeypatch.delitem(BACKENDS, DEVICE.type)
-        elif backend is not gpu:
-            monkeypatch.setitem(BACKENDS, DEVICE.type, backend)
+    for expected in (2, 0):
+        if not expected:
+            monkeypatch.delitem(BACKENDS, DEVICE.type)  # as on devices without kernels: torch operations are traced
         torch._dynamo.reset()
         launches.clear()
+        model.zero_grad()
         torch.compile(model, backend="aot_eager", fullgraph=True)(x).square().sum().backward()
         assert len(launches) == expected
-        assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if p.requires_grad)
+        assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

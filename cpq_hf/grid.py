@@ -40,8 +40,8 @@ With `C = cosh((v - m)/s)`, `c = cosh(o/s)`, `u = c/(C + c)`, the two boundaries
 so that one `cosh` an element serves all boundaries and nothing overflows for s >= 0.02.
 
 **Memory.** O(1) an element whatever the bit-width: backward keeps `x` (the parameter itself) and, under DropBits, one
-byte an element; scratch tensors are reused in place. Arithmetic is float32 (float64 for float64 input); the output
-has the dtype of the input.
+byte an element, or a seed alone where the kernels draw the widths a second time (kernels/gpu.py); scratch tensors are
+reused in place. Arithmetic is float32 (float64 for float64 input); the output has the dtype of the input.
 
 Shapes: `x` is anything, `alpha` broadcasts against it (`[out, groups, 1]` against `[out, groups, group_size]`),
 `noise` is `[1]`.
@@ -49,14 +49,15 @@ Shapes: `x` is anything, `alpha` broadcasts against it (`[out, groups, 1]` again
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .kernels import cpu
+from .kernels import BACKENDS, cpu
 from .sharding import process_rank
-from .spec import CENTERED_BITS, MIN_BITS, RAREST, level_bounds, level_offset
+from .spec import CENTERED_BITS, RAREST, level_bounds, level_offset
 
 MIN_NOISE, MAX_NOISE = 0.02, 0.5
 WINDOW = 4
@@ -109,8 +110,10 @@ def fake_quantize_dropped(
             kept; non-increasing, since bits are nested.
         min_bits (`int`): Bits that are never dropped.
     """
-    last_levels = draw_last_levels(x, keep, signed, min_bits)
-    return _Grid.apply(x, alpha, noise, keep, last_levels, bits, signed, alpha_gradient_scale, centered)
+    # kernels that draw do not know the gradient of the noise
+    recomputed = not noise.requires_grad and keep.dtype == torch.float32 and _backend(x).draws(x, alpha)
+    drawn = _draw_words(1, x.device) if recomputed else draw_last_levels(x, keep, signed, min_bits)
+    return _Grid.apply(x, alpha, noise, keep, drawn, bits, signed, alpha_gradient_scale, centered)
 
 
 @torch.no_grad()
@@ -120,24 +123,19 @@ def quantize_again(node: Any) -> Tensor:
     Args:
         node (`torch.autograd.graph.Node`): The `grad_fn` of that output, of a graph that backward has not freed.
     """
-    x, alpha, _, _, last_levels = node.saved_tensors
-    return _quantize(x, alpha, last_levels, node.bits, node.signed, node.centered)
+    x, alpha, _, keep, drawn = node.saved_tensors
+    return _quantize(x, alpha, keep, drawn, node.bits, node.signed, node.centered)
 
 
 def draw_last_levels(x: Tensor, keep: Tensor, signed: bool, min_bits: int) -> Tensor:
     """Draw a bit-width `k = min_bits + #{j : u < P_j}` for every element, `u` uniform; its last level `hi_k`.
 
-    `u` has 16 bits, four to a 64-bit draw: the CPU generator works serially, so the fewer draws the better. Processes
-    that are seeded alike, as Trainer seeds them, still draw differently: each multiplies by an odd number of its own,
-    which maps the 64-bit numbers one to one.
+    `u` has 16 bits, four to a 64-bit draw: the CPU generator works serially, so the fewer draws the better.
 
     Returns:
         `Tensor`: uint8, shape of `x`.
     """
-    drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    if (rank := process_rank()) > 0:
-        drawn.mul_(_signed(_MULTIPLIER**rank))
-    u = drawn.view(torch.int16)[: x.numel()]  # uniform on -2^15 .. 2^15-1
+    u = _draw_words(-(-x.numel() // 4), x.device).view(torch.int16)[: x.numel()]  # uniform on -2^15 .. 2^15-1
     thresholds = (keep.detach() * 2**16 - 2**15 - 1).round().clamp(-(2**15), 2**15 - 1).to(torch.int16)
     hi = level_bounds(min_bits, signed)[1]
     last_levels = torch.full_like(u, hi, dtype=torch.uint8)
@@ -148,6 +146,21 @@ def draw_last_levels(x: Tensor, keep: Tensor, signed: bool, min_bits: int) -> Te
     reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
     # in the order of the memory of `x` where that has no holes (a transposed weight), which the kernels ask for
     return last_levels.as_strided(x.shape, x.stride()) if reach == x.numel() else last_levels.view(x.shape)
+
+
+def _draw_words(count: int, device: torch.device) -> Tensor:
+    """`count` random int64 of the device's global generator.
+
+    Processes that are seeded alike, as Trainer seeds them, still draw differently: each multiplies by an odd number of
+    its own, which maps the 64-bit numbers one to one.
+    """
+    if torch.compiler.is_compiling():  # which cannot trace `random_`, three times as fast on a CPU
+        words = torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=device)
+    else:
+        words = torch.empty(count, dtype=torch.int64, device=device).random_(-(2**63), None)
+    if (rank := process_rank()) > 0:
+        words.mul_(_signed(_MULTIPLIER**rank))
+    return words
 
 
 def _signed(number: int) -> int:
@@ -169,27 +182,34 @@ def _position(x: Tensor, alpha: Tensor) -> Tensor:
     return torch.div(x.to(torch.promote_types(x.dtype, torch.float32)), alpha)
 
 
+def _backend(x: Tensor) -> ModuleType:
+    return BACKENDS.get(x.device.type, cpu)  # the CPU's kernels decline what is not theirs
+
+
 class _Grid(torch.autograd.Function):
+    """`drawn`: None without DropBits; a seed, int64 `[1]`, where the kernels draw; else each element's last level."""
+
     # `ctx` has no usable type: torch declares `forward` with any arguments, and a typed override does not fit that
     @staticmethod
-    def forward(ctx, x, alpha, noise, keep, last_levels, bits, signed, alpha_gradient_scale, centered):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, alpha, noise, keep, last_levels)
+    def forward(ctx, x, alpha, noise, keep, drawn, bits, signed, alpha_gradient_scale, centered):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, alpha, noise, keep, drawn)
         ctx.bits, ctx.signed, ctx.centered, ctx.alpha_gradient_scale = bits, signed, centered, alpha_gradient_scale
-        return _quantize(x, alpha, last_levels, bits, signed, centered)
+        return _quantize(x, alpha, keep, drawn, bits, signed, centered)
 
     @staticmethod
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
-        x, alpha, noise, keep, last_levels = ctx.saved_tensors
-        bits, signed, centered = ctx.bits, ctx.signed, ctx.centered
+        x, alpha, noise, keep, drawn = ctx.saved_tensors
+        bits, signed, centered, alpha_scale = ctx.bits, ctx.signed, ctx.centered, ctx.alpha_gradient_scale
         grad_x = grad_alpha = grad_noise = grad_keep = None
-        if keep is not None and ctx.needs_input_grad[3]:
-            grad_keep = _keep_gradient(x, alpha, keep, last_levels, grad_output, bits, signed, centered)
         if not ctx.needs_input_grad[2]:
-            narrow = bits - (0 if keep is None else keep.numel()) == MIN_BITS
-            both = cpu.gradients(x, alpha, bits, signed, last_levels, centered, noise, grad_output, narrow)
-            if both is not None:
-                return both[0], both[1].mul_(ctx.alpha_gradient_scale), None, grad_keep, None, None, None, None, None
-        lo, hi, coarser, offset = _own_grid(bits, signed, last_levels, alpha.dtype, centered)
+            of_keep = keep is not None and ctx.needs_input_grad[3]
+            grid = x, alpha, bits, signed, centered, keep, drawn
+            if (found := _backend(x).gradients(*grid, noise, grad_output, alpha_scale, of_keep)) is not None:
+                grad_x, grad_alpha, grad_keep = found
+                return grad_x, grad_alpha, None, grad_keep, None, None, None, None, None
+        if keep is not None and ctx.needs_input_grad[3]:
+            grad_keep = _keep_gradient(x, alpha, keep, drawn, grad_output, bits, signed, centered)
+        lo, hi, coarser, offset = _own_grid(bits, signed, drawn, alpha.dtype, centered)
         v = _shift(_position(x, alpha * coarser), -offset).clamp_(lo - _BEYOND, hi + _BEYOND)
         g = grad_output.to(v.dtype)
         nearest = v.round()
@@ -200,18 +220,20 @@ class _Grid(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             levels = _shift(nearest.clamp_(lo, hi), offset)
             level_gradient = levels.addcmul_(_shift(v, offset), density, value=-1).mul_(g)
-            if last_levels is not None:
+            if drawn is not None:
                 level_gradient.mul_(coarser)
-            grad_alpha = level_gradient.sum_to_size(alpha.shape).mul_(ctx.alpha_gradient_scale)
+            grad_alpha = level_gradient.sum_to_size(alpha.shape).mul_(alpha_scale)
         if ctx.needs_input_grad[0]:
             grad_x = density.mul_(g).to(x.dtype)
         return grad_x, grad_alpha, grad_noise, grad_keep, None, None, None, None, None
 
 
-def _quantize(x: Tensor, alpha: Tensor, last_levels: Tensor | None, bits: int, signed: bool, centered: bool) -> Tensor:
-    if (quantized := cpu.quantize(x, alpha, bits, signed, last_levels, centered)) is not None:
-        return quantized
-    lo, hi, coarser, offset = _own_grid(bits, signed, last_levels, alpha.dtype, centered)
+def _quantize(
+    x: Tensor, alpha: Tensor, keep: Tensor | None, drawn: Tensor | None, bits: int, signed: bool, centered: bool
+) -> Tensor:
+    if (quantized := _backend(x).quantize(x, alpha, bits, signed, centered, keep, drawn)) is not None:
+        return quantized  # type: ignore[no-any-return]  # of a module that is chosen at run time
+    lo, hi, coarser, offset = _own_grid(bits, signed, drawn, alpha.dtype, centered)
     own_alpha = alpha * coarser
     levels = _shift(_position(x, own_alpha), -offset).round_().clamp_(lo, hi)
     return _shift(levels, offset).mul_(own_alpha).to(x.dtype)
@@ -246,10 +268,9 @@ def _keep_gradient(
     centered: bool = False,
 ) -> Tensor:
     """`dL/dP_j`: how much the loss falls or rises where bit `j` is kept."""
-    if (gradient := cpu.keep_gradient(x, alpha, bits, signed, last_levels, centered, keep, g)) is not None:
-        return gradient
     v, g_alpha = _position(x, alpha), g * alpha
-    below, gradients = None, list[Tensor]()
+    below: Tensor | None = None
+    gradients: list[Tensor] = []
     for width in range(bits - keep.numel(), bits + 1):
         coarser, offset = 2.0 ** (bits - width), level_offset(width, centered)
         here = (v / coarser - offset).round_().clamp_(*level_bounds(width, signed)).add_(offset).mul_(coarser)

@@ -54,6 +54,11 @@ def level_offset(bits: int, centered: bool) -> float:
     return 0.5 if centered and bits <= CENTERED_BITS else 0.0
 
 
+def last_centered_level(signed: bool, centered: bool) -> int:
+    """Last level of the widest grid that is centred; -1 for none."""
+    return level_bounds(CENTERED_BITS, signed)[1] if centered else -1
+
+
 @dataclass(frozen=True)
 class WeightSpec:
     """How one weight tensor is quantized.

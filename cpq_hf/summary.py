@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import kernels
 from .errors import CPQError
-from .kernels import cpu
 from .nn import TrainingLayer
 from .packing import words_per_row
 from .spec import MAX_BITS, LayerSpec
@@ -72,6 +72,7 @@ class Summary:
     layers: tuple[LayerReport, ...]
     float_parameters: dict[str, tuple[int, int]]  # parameters left in floating point: name -> (elements, bytes each)
     float_layers: dict[str, str]  # layers that hold a matrix and are left in floating point: name -> class
+    device_type: str  # where the quantized weights are
 
     @property
     def quantized_elements(self) -> int:
@@ -124,7 +125,7 @@ class Summary:
             "float_bytes": self.float_bytes,
             "layers": {layer.name: layer.to_dict() for layer in self.layers},
             "not_quantized": dict(self.float_layers),
-            "kernel": cpu.name(),
+            "kernel": kernels.name(self.device_type),
         }
 
     def __str__(self) -> str:
@@ -226,7 +227,11 @@ def summarize(model: nn.Module) -> Summary:
         and name not in of_quantizers
         and any(p.dim() >= 2 and f"{name}.{key}" not in ours for key, p in module.named_parameters(recurse=False))
     }
-    return Summary(reports, parameters, floats)
+    tensors = (
+        tensor for module in (*quantized.values(), model) for tensor in (*module.parameters(), *module.buffers())
+    )
+    device_type = next((tensor.device.type for tensor in tensors), "cpu")
+    return Summary(reports, parameters, floats, device_type)
 
 
 def _distance(layer: nn.Module) -> float | None:

@@ -10,6 +10,7 @@ import torch
 
 from cpq_hf import grid
 from cpq_hf.kernels import cpu
+from cpq_hf.kernels.layout import Layout
 from cpq_hf.spec import level_bounds
 
 NOISE = torch.tensor([0.15])
@@ -95,7 +96,7 @@ def test_gradient_of_keep_probabilities_equals_torch_operations(layout, dtype, s
     g = torch.randn(x.shape).to(dtype)
     keep = torch.tensor([0.999, 0.7, 0.01])
     last_levels = grid.draw_last_levels(x, keep, signed, 2)
-    ours = cpu.keep_gradient(x, alpha, 5, signed, last_levels, signed, keep, g)
+    ours = cpu.keep_gradient(x, alpha, 5, signed, signed, keep, last_levels, g)
     theirs = eager(lambda: grid._keep_gradient(x, alpha, keep, last_levels, g, 5, signed, signed))
     terms = 25 * (g.float() * alpha).norm() * 16  # the sums cancel: relative to the size of what they add up
     assert ours is not None
@@ -106,7 +107,7 @@ def test_transposed_weights(eager):
     weight = torch.randn(96, 130, requires_grad=True)  # [in, out], as transformers' Conv1D has it
     alpha = (torch.rand(130, 1, 1) + 0.2).requires_grad_()
     g = torch.randn(130, 1, 96)
-    assert cpu._layout(weight.t()[:, None, :], alpha, None) == (96, 130, cpu._COLUMNS)
+    assert cpu._layout(weight.t()[:, None, :], alpha, None) == (96, 130, Layout.COLUMNS)
 
     def function():
         return grid.fake_quantize(weight.t()[:, None, :], alpha, NOISE, 4, True)
@@ -192,7 +193,7 @@ def test_results_do_not_depend_on_the_number_of_threads(layout, monkeypatch):
     ids=["float64", "float16", "strided", "alpha per column", "empty"],
 )
 def test_what_the_kernels_leave_to_torch(x, alpha):
-    assert cpu.quantize(x, alpha, 4, True, None, False) is None
+    assert cpu.quantize(x, alpha, 4, True, False, None, None) is None
     assert grid.fake_quantize(x, alpha, NOISE.to(alpha.dtype), 4, True).shape == x.shape
 
 

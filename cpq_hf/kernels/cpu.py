@@ -14,26 +14,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..spec import CENTERED_BITS, RAREST, level_bounds
+from ..spec import MIN_BITS, RAREST, last_centered_level, level_bounds
 from .compiler import load_library
+from .layout import Layout, find_layout, in_memory_order_of
 
 SOURCE = Path(__file__).with_name("grid.c")
 _FLAGS = ("-O3", "-ffp-contract=off")
 _DTYPES = (torch.float32, torch.bfloat16)
-_ROWS, _COLUMNS, _ONE = range(3)
 _ELEMENTS_PER_THREAD = 1 << 14  # below that, waking another thread costs more than it saves
 
 
+def draws(x: Tensor, alpha: Tensor) -> bool:
+    """Whether the kernels draw bit-widths themselves: no, they read `last_levels`, a byte an element."""
+    return False
+
+
 def quantize(
-    x: Tensor, alpha: Tensor, bits: int, signed: bool, last_levels: Tensor | None, centered: bool
+    x: Tensor, alpha: Tensor, bits: int, signed: bool, centered: bool, keep: Tensor | None, last_levels: Tensor | None
 ) -> Tensor | None:
-    """`x` on the grid, or None if it cannot be done here."""
+    """`x` on the grid, or None if it cannot be done here. `keep` says nothing that `last_levels` does not."""
     if (layout := _layout(x, alpha, last_levels)) is None or (library := load()) is None:
         return None
     out = torch.empty_like(x)
     library.cpq_forward(
         x.data_ptr(), alpha.data_ptr(), _pointer(last_levels), out.data_ptr(),
-        *layout, *level_bounds(bits, signed), _centered_hi(signed, centered), _is_bf16(x), _threads(x),
+        *layout, *level_bounds(bits, signed), last_centered_level(signed, centered), _is_bf16(x), _threads(x),
     )  # fmt: skip
     return out
 
@@ -43,29 +48,34 @@ def gradients(
     alpha: Tensor,
     bits: int,
     signed: bool,
-    last_levels: Tensor | None,
     centered: bool,
+    keep: Tensor | None,
+    last_levels: Tensor | None,
     noise: Tensor,
     g: Tensor,
-    narrow: bool,
-) -> tuple[Tensor, Tensor] | None:
-    """Gradients of `x` and `alpha`, or None if it cannot be done here.
-
-    `narrow` says that the grid has only 3 boundaries, or may have for single elements under DropBits.
-    """
+    alpha_scale: float,
+    of_keep: bool,
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Gradients of `x`, `alpha` (times `alpha_scale`) and, if asked for, `keep`; None if it cannot be done here."""
     if (layout := _layout(x, alpha, last_levels)) is None or noise.dtype != torch.float32:
         return None
     if (library := load()) is None:
         return None
-    if g.stride() != x.stride() or g.dtype != x.dtype:
-        g = torch.empty_like(x).copy_(g)
+    grad_keep = None
+    if of_keep:
+        assert keep is not None
+        assert last_levels is not None
+        if (grad_keep := keep_gradient(x, alpha, bits, signed, centered, keep, last_levels, g)) is None:
+            return None
+    narrow = bits - (0 if keep is None else keep.numel()) == MIN_BITS
+    g = in_memory_order_of(x, g)
     grad_x, grad_alpha = torch.empty_like(x), torch.empty_like(alpha)
     failed = library.cpq_backward(
         x.data_ptr(), alpha.data_ptr(), _pointer(last_levels), noise.data_ptr(), g.data_ptr(), grad_x.data_ptr(),
-        grad_alpha.data_ptr(), *layout, *level_bounds(bits, signed), _centered_hi(signed, centered), narrow,
+        grad_alpha.data_ptr(), *layout, *level_bounds(bits, signed), last_centered_level(signed, centered), narrow,
         _is_bf16(x), _threads(x),
     )  # fmt: skip
-    return None if failed else (grad_x, grad_alpha)
+    return None if failed else (grad_x, grad_alpha.mul_(alpha_scale), grad_keep)
 
 
 def keep_gradient(
@@ -73,9 +83,9 @@ def keep_gradient(
     alpha: Tensor,
     bits: int,
     signed: bool,
-    last_levels: Tensor,
     centered: bool,
     keep: Tensor,
+    last_levels: Tensor,
     g: Tensor,
 ) -> Tensor | None:
     """Gradient of the probabilities with which bits are kept, or None if it cannot be done here."""
@@ -83,12 +93,11 @@ def keep_gradient(
         return None
     if (library := load()) is None:
         return None
-    if g.stride() != x.stride() or g.dtype != x.dtype:
-        g = torch.empty_like(x).copy_(g)
+    g = in_memory_order_of(x, g)
     gradient, keep = torch.empty(keep.numel()), keep.detach().contiguous()
     failed = library.cpq_keep_gradient(
         x.data_ptr(), alpha.data_ptr(), last_levels.data_ptr(), g.data_ptr(), keep.data_ptr(), gradient.data_ptr(),
-        *layout, *level_bounds(bits, signed), _centered_hi(signed, centered), keep.numel(), RAREST,
+        *layout, *level_bounds(bits, signed), last_centered_level(signed, centered), keep.numel(), RAREST,
         _is_bf16(x), _threads(x),
     )  # fmt: skip
     return None if failed else gradient
@@ -127,37 +136,15 @@ def load() -> ctypes.CDLL | None:
     return library
 
 
-def _layout(x: Tensor, alpha: Tensor, last_levels: Tensor | None) -> tuple[int, int, int] | None:
+def _layout(x: Tensor, alpha: Tensor, last_levels: Tensor | None) -> tuple[int, int, Layout] | None:
     """`(rows, columns, layout)` of the memory of `x` as grid.c sees it, or None."""
     if (
         torch.compiler.is_compiling()
         or x.device.type != "cpu"
-        or x.numel() == 0
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or x.dtype not in _DTYPES
-        or alpha.dtype != torch.float32
-        or not alpha.is_contiguous()
         or (last_levels is not None and last_levels.stride() != x.stride())
     ):
         return None
-    if alpha.numel() == 1:
-        channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        return (1, x.numel(), _ONE) if x.is_contiguous() or channels_last or _is_transposed(x) else None
-    if alpha.shape == (*x.shape[:-1], 1) and x.is_contiguous():
-        return (alpha.numel(), x.shape[-1], _ROWS)
-    if alpha.shape == (x.shape[0], 1, 1) and _is_transposed(x):
-        return (x.shape[2], x.shape[0], _COLUMNS)
-    return None
-
-
-def _is_transposed(x: Tensor) -> bool:
-    """Whether `x` is `[rows, 1, k]` over the memory of a contiguous `[k, rows]`."""
-    return x.dim() == 3 and x.shape[1] == 1 and x.stride(0) == 1 and x.stride(2) == x.shape[0]
-
-
-def _centered_hi(signed: bool, centered: bool) -> int:
-    """Last level of the widest grid that is centred; -1 for none."""
-    return level_bounds(CENTERED_BITS, signed)[1] if centered else -1
+    return find_layout(x, alpha, _DTYPES)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -2,9 +2,13 @@
 
     python recipes/benchmarks/kernel_time.py
     python recipes/benchmarks/kernel_time.py --millions 1 10 --bits 2 4 8 --compiled  # LSQ compiled, too
+    python recipes/benchmarks/kernel_time.py --device cuda --millions 64 256 --dropbits
 
-LSQ is `lsq.py`, in eager PyTorch, and with `--compiled` by torch's own compiler. (Not called kernels.py: transformers
-would take it for the package of that name.)
+LSQ is `lsq.py`, in eager PyTorch, and with `--compiled` by torch's own compiler; "torch learnable" is the fused fake
+quantization with a learned step that torch has. Forward reads the weight and writes one like it, backward reads two
+and writes one: 2.5 copies, so that 2.5 / "of a copy" is the share of the copy's bandwidth that is reached. On a GPU
+take weights large enough to hide what launching costs. (Not called kernels.py: transformers would take it for the
+package of that name.)
 """
 
 from __future__ import annotations
@@ -22,15 +26,16 @@ from lsq import LSQ
 from timing import paired, peak_during, ratio, resident
 from torch import Tensor
 
-from cpq_hf.grid import fake_quantize
-from cpq_hf.kernels import cpu
+from cpq_hf import kernels
+from cpq_hf.grid import fake_quantize, fake_quantize_dropped
+from cpq_hf.spec import level_bounds
 
 COLUMNS = 1024
 GRANULARITIES = {"tensor": lambda rows: (1, 1, 1), "channel": lambda rows: (rows, 1, 1),
                  "group": lambda rows: (rows, COLUMNS // 128, 1)}  # fmt: skip
 
 
-def quantizers(millions: float, bits: int, granularity: str, device: str, compiled: bool):
+def quantizers(millions: float, bits: int, granularity: str, device: str, compiled: bool, dropbits: bool):
     """`{name: function that quantizes one weight and takes its gradient}`."""
     torch.manual_seed(0)
     rows = round(millions * 2**20 / COLUMNS)
@@ -62,7 +67,20 @@ def quantizers(millions: float, bits: int, granularity: str, device: str, compil
         steps["LSQ"] = plain(lsq)
         if compiled:
             steps["LSQ compiled"] = plain(torch.compile(lsq))
+        scale = alpha.detach().flatten().requires_grad_()
+        zero, bounds = torch.zeros_like(scale), (*level_bounds(bits, True), 1.0)
+        if granularity == "channel":
+            steps["torch learnable"] = plain(
+                lambda x: torch._fake_quantize_learnable_per_channel_affine(x, scale, zero, 0, *bounds)
+            )
+        else:
+            steps["torch learnable"] = plain(
+                lambda x: torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero, *bounds)
+            )
     steps["CPQ"] = step(lambda x: fake_quantize(x, alpha, noise, bits, True))
+    if dropbits and bits > 2:
+        keep = torch.full((bits - 2,), 0.9, device=device).cumprod(0)
+        steps["CPQ, DropBits 0.1"] = step(lambda x: fake_quantize_dropped(x, alpha, noise, keep, bits, True, 2))
     return steps
 
 
@@ -100,18 +118,20 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--granularities", nargs="+", choices=GRANULARITIES, default=["channel"])
     parser.add_argument("--compiled", action="store_true", help="LSQ by torch.compile, too")
+    parser.add_argument("--dropbits", action="store_true", help="CPQ with DropBits, too")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    gpu = "" if args.device == "cpu" else f"{torch.cuda.get_device_name(args.device)}, "
     print(
-        f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()} "
-        f"cores, float32, {args.rounds} rounds, CPQ kernel: {cpu.name()}\n\n"
+        f"torch {torch.__version__}, {gpu}{platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()} "
+        f"cores, float32, {args.rounds} rounds, CPQ kernel: {kernels.name(torch.device(args.device).type)}\n\n"
         "| 2^20 elements | bits | granularity | quantizer | ms | of a copy | of LSQ |\n|---|---|---|---|---|---|---|"
     )
     for millions in args.millions:
         for granularity in args.granularities:
             for bits in args.bits:
-                steps = quantizers(millions, bits, granularity, args.device, args.compiled)
+                steps = quantizers(millions, bits, granularity, args.device, args.compiled, args.dropbits)
                 times = paired(steps, args.rounds)
                 for name, values in times.items():
                     of_lsq = f"{ratio(times, name, 'LSQ'):.2f}" if "LSQ" in times else "-"

@@ -42,8 +42,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from cpq_hf import CPQController
-from cpq_hf.kernels import cpu
+from cpq_hf import CPQController, kernels
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # row -> method of methods.py, options
     "float": ("float", {}),
@@ -152,7 +151,8 @@ def main() -> None:
     gpu = torch.cuda.get_device_name(args.device) if args.device != "cpu" else ""
     print(
         f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()} {gpu}, "
-        f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {args.rounds} rounds, CPQ kernel: {cpu.name()}"
+        f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {args.rounds} rounds, CPQ kernel: "
+        f"{kernels.name(torch.device(args.device).type)}"
     )
     weigh = not args.no_memory and (args.device != "cpu" or Path("/proc/self/clear_refs").exists())
     for model in args.models:

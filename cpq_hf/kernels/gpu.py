@@ -1,0 +1,202 @@
+"""`grid_triton.py` on CUDA devices: tile shapes, buffers for sums, and operators for `torch.compile`.
+
+Triton compiles a kernel at its first launch; nothing happens at import. Without Triton (or without what it needs, a C
+compiler), for other dtypes or layouts, the functions here return None and `grid.py` does the work. While a model is
+traced by `torch.compile`, the kernels are called through operators that it need not look into.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import subprocess
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..spec import MIN_BITS, RAREST, last_centered_level, level_bounds
+from .layout import Layout, find_layout, in_memory_order_of
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TILE = 1024  # elements, by 4 warps: 8 a thread, which are whole 16-byte accesses in 2-byte dtypes
+_NARROWEST = 128  # columns of a tile, where the tensor has so many
+_MOST_PIECES = 8  # tiles a program: those that one random number serves
+_ENOUGH_PROGRAMS = 512  # a tensor too small for that many takes fewer tiles a program
+
+
+def draws(x: Tensor, alpha: Tensor) -> bool:
+    """Whether the kernels run on `x`, hence draw each element's bit-width themselves, from a seed."""
+    return find_layout(x, alpha, _DTYPES) is not None and _available()
+
+
+def quantize(
+    x: Tensor, alpha: Tensor, bits: int, signed: bool, centered: bool, keep: Tensor | None, seed: Tensor | None
+) -> Tensor | None:
+    """`x` on the grid, or None if it cannot be done here. Under DropBits, `seed` is int64 `[1]`."""
+    if _cannot(x, alpha, seed):
+        return None
+    function = torch.ops.cpq_hf.quantize if torch.compiler.is_compiling() else _quantize
+    quantized: Tensor = function(x, alpha, keep, seed, bits, signed, centered)
+    return quantized
+
+
+def gradients(
+    x: Tensor,
+    alpha: Tensor,
+    bits: int,
+    signed: bool,
+    centered: bool,
+    keep: Tensor | None,
+    seed: Tensor | None,
+    noise: Tensor,
+    g: Tensor,
+    alpha_scale: float,
+    of_keep: bool,
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Gradients of `x`, `alpha` (times `alpha_scale`) and, if asked for, `keep`; None if it cannot be done here."""
+    if _cannot(x, alpha, seed) or noise.dtype != torch.float32:
+        return None
+    function = torch.ops.cpq_hf.gradients if torch.compiler.is_compiling() else _gradients
+    grad_x, grad_alpha, grad_keep = function(
+        x, alpha, keep, seed, noise, g, bits, signed, centered, alpha_scale, of_keep
+    )
+    return grad_x, grad_alpha, grad_keep if of_keep else None
+
+
+def name() -> str:
+    """`"triton"` if quantizers on a GPU run on `grid_triton.py` in this process, else `"eager"`."""
+    return "triton" if _available() else "eager"
+
+
+def _cannot(x: Tensor, alpha: Tensor, drawn: Tensor | None) -> bool:
+    stored = drawn is not None and drawn.dtype != torch.int64  # drawn already: torch operations know how to go on
+    return stored or not draws(x, alpha)
+
+
+@torch.compiler.assume_constant_result
+def _available() -> bool:
+    return _kernels() is not None
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    """The kernels, if Triton is there and has what it needs to launch them."""
+    try:
+        import triton
+
+        from . import grid_triton
+
+        if isinstance(grid_triton.forward, triton.JITFunction):  # else it is interpreted, which needs no device
+            triton.runtime.driver.active.get_current_target()
+    except (ImportError, RuntimeError, OSError, AssertionError, subprocess.SubprocessError) as error:
+        logger.info("the Triton kernels are not available, torch operations do their work: %s", error)
+        return None
+    return grid_triton
+
+
+def _quantize(
+    x: Tensor, alpha: Tensor, keep: Tensor | None, seed: Tensor | None, bits: int, signed: bool, centered: bool
+) -> Tensor:
+    rows, columns, pieces, programs, meta = _plan(x, alpha, keep)
+    out = torch.empty_like(x)
+    with _on(x):
+        _grid().forward[(programs,)](
+            x, alpha, keep, seed, out, rows, columns, pieces, *level_bounds(bits, signed),
+            last_centered_level(signed, centered), **meta,
+        )  # fmt: skip
+    return out
+
+
+def _gradients(
+    x: Tensor,
+    alpha: Tensor,
+    keep: Tensor | None,
+    seed: Tensor | None,
+    noise: Tensor,
+    g: Tensor,
+    bits: int,
+    signed: bool,
+    centered: bool,
+    alpha_scale: float,
+    of_keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns, pieces, programs, meta = _plan(x, alpha, keep)
+    tile_rows, tile_columns, count = meta["R"], meta["C"], meta["COUNT"]
+    along = -(-rows // tile_rows) if meta["BY_COLUMN"] else -(-columns // tile_columns)
+    alpha_sums = torch.empty(along, alpha.numel(), dtype=torch.float32, device=x.device)
+    keep_sums = torch.empty(programs * pieces if of_keep else 0, count, dtype=torch.float32, device=x.device)
+    grad_x = torch.empty_like(x)
+    with _on(x):
+        _grid().backward[(programs,)](
+            x, alpha, keep, seed, noise, in_memory_order_of(x, g), grad_x, alpha_sums, keep_sums, rows, columns,
+            pieces, *level_bounds(bits, signed), last_centered_level(signed, centered), alpha_scale, RAREST,
+            NARROW=bits - count == MIN_BITS, KEEP_GRADIENT=of_keep, **meta,
+        )  # fmt: skip
+    grad_alpha = alpha_sums if along == 1 else alpha_sums.sum(0)
+    return grad_x, grad_alpha.view(alpha.shape), keep_sums.sum(0)
+
+
+def _plan(x: Tensor, alpha: Tensor, keep: Tensor | None) -> tuple[int, int, int, int, dict[str, Any]]:
+    """`(rows, columns, tiles a program, programs)` and what a kernel is compiled for."""
+    found = find_layout(x, alpha, _DTYPES)
+    assert found is not None
+    rows, columns, layout = found
+    tile_rows, tile_columns = _tile(rows, columns, layout)
+    tiles = -(-rows // tile_rows) * -(-columns // tile_columns)
+    pieces = max(1, min(_MOST_PIECES, tiles // _ENOUGH_PROGRAMS))
+    count = 0 if keep is None else keep.numel()
+    meta = {
+        "BY_COLUMN": layout == Layout.COLUMNS,
+        "COUNT": count,
+        "R": tile_rows,
+        "C": tile_columns,
+        "num_warps": 8 if count else 4,  # random numbers take registers
+        "enable_fp_fusion": True,
+    }
+    return rows, columns, pieces, -(-tiles // pieces), meta
+
+
+def _tile(rows: int, columns: int, layout: Layout) -> tuple[int, int]:
+    """Rows and columns of a tile, powers of two: those that overlap the ends of the tensor least."""
+    if layout == Layout.COLUMNS or columns < _NARROWEST:
+        widest = _NARROWEST // 4 if layout == Layout.COLUMNS else _NARROWEST
+        width = min(widest, 1 << (columns - 1).bit_length())
+        return _TILE // width, width
+    shapes = [(_TILE // width, width) for width in (1024, 512, 256, 128)]
+    return min(shapes, key=lambda shape: -(-rows // shape[0]) * -(-columns // shape[1]))
+
+
+def _grid() -> ModuleType:
+    kernels = _kernels()
+    assert kernels is not None
+    return kernels
+
+
+def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which a model over several has not set."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+_SHARED = "Tensor x, Tensor alpha, Tensor? keep, Tensor? seed"
+_GRID = "int bits, bool signed, bool centered"
+torch.library.custom_op(
+    "cpq_hf::quantize", _quantize, mutates_args=(), schema=f"({_SHARED}, {_GRID}) -> Tensor"
+).register_fake(lambda x, *rest: torch.empty_like(x))
+torch.library.custom_op(
+    "cpq_hf::gradients",
+    _gradients,
+    mutates_args=(),
+    schema=f"({_SHARED}, Tensor noise, Tensor g, {_GRID}, float alpha_scale, bool of_keep)"
+    " -> (Tensor, Tensor, Tensor)",
+).register_fake(
+    lambda x, alpha, keep, *rest: (
+        torch.empty_like(x),
+        torch.empty_like(alpha),
+        alpha.new_empty(0 if keep is None else keep.numel()),
+    )
+)

@@ -130,11 +130,31 @@ def test_help_shows_an_example(verb, capsys):
     assert f"example: cpq-hf {verb} " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["pack", "--help"], ["pak"], ["export", "packed", "x"]], ids=" ".join
+)
+def test_the_command_line_is_read_before_torch_is_imported(arguments):
+    script = f"""
+import sys
+sys.argv = ["/usr/bin/cpq-hf", *{arguments}]
+from cpq_hf.cli import main
+try:
+    main()
+except SystemExit:
+    assert not {{"torch", "transformers"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert (done.stdout.startswith("usage: cpq-hf"), done.stderr == "") == (arguments[-1] == "--help",) * 2
+
+
 def test_on_the_hub(folders, tmp_path):
     """Pushed, verified and inspected by the id, as the command that pyproject.toml names."""
     hub = Hub()
     script = f"""
+import sys
+sys.argv = ["/usr/bin/cpq-hf"]
 from cpq_hf.cli import main
+assert "torch" not in sys.modules
 folder = {str(folders / "packed")!r}
 assert main(["push", folder, "me/model", "--private", "--revision", "v1", "--message", "First"]) == 0
 assert main(["verify", "me/model", "--revision", "v1"]) == 0

@@ -21,6 +21,10 @@ from .hf.checkpoint import STEM
 from .hf.hub import push_folder
 from .summary import Summary, readable_size, summarize
 
+COMPANIONS = (  # files of tokenizers, processors and chat templates; `save_pretrained` writes generation_config.json
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.spm"),
+    *("*preprocessor_config.json", "processor_config.json", "chat_template*", "additional_chat_templates/*"),
+)
 WRITERS: dict[str, Callable[..., Any]] = {"compressed-tensors": export_compressed_tensors, "onnx": export_onnx}
 
 
@@ -50,8 +54,25 @@ def pack(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     model = _load(args.model, args.revision)
     pack_model(model)
     model.save_pretrained(args.folder, max_shard_size=args.max_shard_size)
-    found = {"folder": str(args.folder)} | verify_checkpoint(args.folder)
-    return found, f"{args.folder}: {found['layers']} packed layers, {readable_size(found['bytes'])}"
+    copied = _copy_companions(args.model, args.revision, Path(args.folder))
+    found = {"folder": str(args.folder), "copied": copied} | verify_checkpoint(args.folder)
+    text = f"{args.folder}: {found['layers']} packed layers, {readable_size(found['bytes'])}"
+    return found, text + (f"; copied: {', '.join(copied)}" if copied else "")
+
+
+def _copy_companions(model: str, revision: str | None, target: Path) -> list[str]:
+    """Copy what a pipeline needs beside weights, as far as it is there; the names of these files."""
+    if _is_remote(model):
+        model = snapshot_download(model, revision=revision, allow_patterns=list(COMPANIONS))
+    source = Path(model)
+    if source.resolve() == target.resolve():
+        return []
+    files = sorted({file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()})
+    for file in files:
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+    return [file.relative_to(source).as_posix() for file in files]
 
 
 def export(args: argparse.Namespace) -> tuple[dict[str, Any], str]:

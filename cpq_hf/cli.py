@@ -1,157 +1,36 @@
-"""`cpq-hf`: verbs on checkpoints, in a folder or on the Hub. Training lives in recipes/."""
+"""`cpq-hf`: verbs on checkpoints, in a folder or on the Hub. Training lives in recipes/.
+
+Torch and transformers take seconds to import, so a command line is read first and verbs.py, which needs them, after.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
-import textwrap
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import torch
-import transformers
-from huggingface_hub import snapshot_download
-from transformers import AutoConfig, PreTrainedModel
-
 from .errors import CPQError
-from .export import default_inputs, export_compressed_tensors, export_onnx
-from .hf import pack_model, verify_checkpoint
-from .hf.checkpoint import STEM
-from .hf.hub import push_folder
-from .summary import Summary, readable_size, summarize
 
-WRITERS: dict[str, Callable[..., Any]] = {"compressed-tensors": export_compressed_tensors, "onnx": export_onnx}
 MODEL = "folder of a checkpoint, or the id of a repository on the Hub"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 if it went well, 1 if not, 2 if it was not understood."""
     args = _parser().parse_args(arguments)
-    transformers.utils.logging.set_verbosity_error()
-    if args.json:
-        transformers.utils.logging.disable_progress_bar()
     try:
-        found, text = args.verb(args)
+        from .verbs import run
+
+        found, text = run(args)
     except (CPQError, OSError, ValueError, RuntimeError, ImportError) as error:
-        sys.stderr.write(f"cpq-hf {args.name}: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"cpq-hf {args.verb}: {' '.join(str(error).split())}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write(f"cpq-hf {args.name}: interrupted\n")
+        sys.stderr.write(f"cpq-hf {args.verb}: interrupted\n")
         return 130
     sys.stdout.write((json.dumps(found, indent=2) if args.json else text) + "\n")
     return 0
-
-
-# --- verbs: each gives what `--json` prints, and the text for people -------------------------------------------------
-
-
-def inspect(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Bits, coverage and sizes of a checkpoint, by layer."""
-    model = _load(args.model, args.revision)
-    report = summarize(model)
-    if not report.layers:
-        raise CPQError(f"{args.model}: nothing in this {type(model).__name__} is quantized")
-    if args.plot is not None:
-        report.plot(args.plot)
-    found = {"model": args.model, "class": type(model).__name__, "packed": _is_packed(model)} | report.to_dict()
-    return found, _as_text(report, shutil.get_terminal_size((10_000, 0)).columns)  # what is no terminal is not cut
-
-
-def pack(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Turn a checkpoint that was saved during training into packed integers."""
-    model = _load(args.model, args.revision)
-    pack_model(model)
-    model.save_pretrained(args.folder, max_shard_size=args.max_shard_size)
-    found = {"folder": str(args.folder)} | verify_checkpoint(args.folder)
-    return found, f"{args.folder}: {found['layers']} packed layers, {readable_size(found['bytes'])}"
-
-
-def export(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Write a checkpoint that plain tools read."""
-    model = _load(args.model, args.revision)
-    inputs = default_inputs(model)
-    if args.to == "onnx" and "input_ids" in inputs:  # what is not in the example is no input of the file
-        inputs |= {"attention_mask": torch.ones_like(inputs["input_ids"])}
-    WRITERS[args.to](model, args.target, inputs)
-    return {"target": str(args.target), "format": args.to}, f"{args.target}: written as {args.to}"
-
-
-def verify(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Prove a packed checkpoint whole."""
-    folder = args.model
-    if _is_remote(args.model):
-        folder = snapshot_download(args.model, revision=args.revision, allow_patterns=["config.json", f"{STEM}*"])
-    found = {"model": args.model} | verify_checkpoint(folder)
-    count = f"{found['tensors']} tensors of {len(found['files'])} files, {found['layers']} packed layers"
-    return found, f"{args.model}: whole: {count}, {readable_size(found['bytes'])}"
-
-
-def push(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Push the folder of a packed checkpoint to the Hub."""
-    commit = push_folder(
-        args.folder,
-        args.repo_id,
-        private=args.private or None,
-        revision=args.revision,
-        commit_message=args.message,
-        create_pr=args.create_pr,
-    )
-    return {"repo_id": args.repo_id, "commit": commit.oid, "url": commit.commit_url}, f"pushed: {commit.commit_url}"
-
-
-# --- what the verbs share --------------------------------------------------------------------------------------------
-
-
-def _is_remote(model: str) -> bool:
-    if Path(model).is_dir():
-        return False
-    if Path(model).is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or Path(model).exists():
-        raise CPQError(f"{model}: no such folder")
-    return True
-
-
-def _load(model: str, revision: str | None) -> Any:
-    options: dict[str, Any] = {"revision": revision} if _is_remote(model) and revision is not None else {}
-    config = AutoConfig.from_pretrained(model, **options)
-    names = config.architectures or ["nothing"]
-    loader = getattr(transformers, names[0], None)
-    if not (isinstance(loader, type) and issubclass(loader, PreTrainedModel)):
-        raise CPQError(f"{model}: its config.json names {names[0]!r}, which is no model class of transformers")
-    return loader.from_pretrained(model, config=config, **options).eval()
-
-
-def _is_packed(model: Any) -> bool:
-    return bool(model.config.quantization_config.packed)
-
-
-def _as_text(report: Summary, width: int) -> str:
-    """The table of layers in `width` columns: long names lose their beginning."""
-    rows = [("layer", "kind", "bits", "act", "granularity", "shape")]
-    for layer in report.layers:
-        weight, activation = layer.spec.weight, layer.spec.activation
-        group = f" {weight.group_size}" if weight.group_size else ""
-        shape = f"= {layer.spec.tied_to}" if layer.spec.tied_to else "x".join(map(str, weight.shape))
-        act = "-" if activation is None else str(activation.bits)
-        rows.append((layer.name, layer.kind, str(weight.bits), act, weight.granularity + group, shape))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    spaces = 2 * (len(widths) - 1)
-    widths[-1] = min(widths[-1], 13) if sum(widths) + spaces > width else widths[-1]
-    widths[0] = max(8, min(widths[0], width - sum(widths[1:]) - spaces))
-    lines = ["  ".join(_cut(cell, size).ljust(size) for cell, size in zip(row, widths, strict=True)) for row in rows]
-    below = str(report).splitlines()[len(rows) :]
-    return "\n".join(
-        [*(line.rstrip() for line in lines), "", *(textwrap.fill(line, max(20, width)) for line in below)]
-    )
-
-
-def _cut(text: str, size: int) -> str:
-    return text if len(text) <= size else "…" + text[len(text) - size + 1 :]
-
-
-# --- the command line ------------------------------------------------------------------------------------------------
 
 
 class _Parser(argparse.ArgumentParser):
@@ -166,34 +45,44 @@ def _parser() -> argparse.ArgumentParser:
         description="Verbs on CPQ checkpoints, in a folder or on the Hub.",
         epilog="example: cpq-hf inspect me/resnet-18-cpq-w4a4",
     )
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    verbs = parser.add_subparsers(metavar="VERB", dest="verb", required=True)
 
-    def add(verb: Callable[..., Any], example: str, *names: tuple[str, str]) -> Any:
-        text = (verb.__doc__ or "").strip()
-        sub = verbs.add_parser(verb.__name__, help=text, description=text, epilog=f"example: cpq-hf {example}")
-        sub.set_defaults(verb=verb, name=verb.__name__)
+    def add(verb: str, text: str, example: str, *names: tuple[str, str]) -> Any:
+        sub = verbs.add_parser(verb, help=text, description=text, epilog=f"example: cpq-hf {verb} {example}")
         for name, meaning in names:
             sub.add_argument(name, help=meaning)
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
         sub.add_argument("--revision", help="branch, tag or commit on the Hub")
         return sub
 
-    add(inspect, "inspect me/resnet-18-cpq-w4a4 --plot bits.png", ("model", MODEL)).add_argument(
-        "--plot", metavar="FILE", help="draw bits by layer into this file (needs matplotlib)"
+    sub = add(
+        "inspect",
+        "Bits, coverage and sizes of a checkpoint, by layer.",
+        "me/resnet-18-cpq-w4a4 --plot bits.png",
+        ("model", MODEL),
     )
-    add(
-        pack,
-        "pack outputs/checkpoint-500 packed",
+    sub.add_argument("--plot", metavar="FILE", help="draw bits by layer into this file (needs matplotlib)")
+    sub = add(
+        "pack",
+        "Turn a checkpoint that was saved during training into packed integers.",
+        "outputs/checkpoint-500 packed",
         ("model", MODEL),
         ("folder", "where to write the packed checkpoint"),
-    ).add_argument("--max-shard-size", default="50GB", help="largest file (default: %(default)s)")
-    add(
-        export, "export packed plain --to compressed-tensors", ("model", MODEL), ("target", "folder or file to write")
-    ).add_argument("--to", choices=list(WRITERS), required=True, help="format")
-    add(verify, "verify me/resnet-18-cpq-w4a4", ("model", MODEL))
+    )
+    sub.add_argument("--max-shard-size", default="50GB", help="largest file (default: %(default)s)")
     sub = add(
-        push,
-        "push packed me/resnet-18-cpq-w4a4 --private",
+        "export",
+        "Write a checkpoint that plain tools read.",
+        "packed plain --to compressed-tensors",
+        ("model", MODEL),
+        ("target", "folder or file to write"),
+    )
+    sub.add_argument("--to", choices=["compressed-tensors", "onnx"], required=True, help="format")
+    add("verify", "Prove a packed checkpoint whole.", "me/resnet-18-cpq-w4a4", ("model", MODEL))
+    sub = add(
+        "push",
+        "Push the folder of a packed checkpoint to the Hub.",
+        "packed me/resnet-18-cpq-w4a4 --private",
         ("folder", "folder of a packed checkpoint"),
         ("repo_id", "repository, made if it is not there"),
     )

@@ -232,7 +232,7 @@ def _quantize(
     x: Tensor, alpha: Tensor, keep: Tensor | None, drawn: Tensor | None, bits: int, signed: bool, centered: bool
 ) -> Tensor:
     if (quantized := _backend(x).quantize(x, alpha, bits, signed, centered, keep, drawn)) is not None:
-        return quantized  # type: ignore[no-any-return]  # of a module that is chosen at run time
+        return quantized
     lo, hi, coarser, offset = _own_grid(bits, signed, drawn, alpha.dtype, centered)
     own_alpha = alpha * coarser
     levels = _shift(_position(x, own_alpha), -offset).round_().clamp_(lo, hi)

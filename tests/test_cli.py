@@ -13,6 +13,11 @@ import pytest
 import torch
 from hub_server import Hub
 from models import auto_class, build, inputs, logits
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import GenerationConfig, PreTrainedTokenizerFast, ViTImageProcessorPil, pipeline
 
 from cpq_hf import CPQConfig, cli, prepare_model, verify_checkpoint
 from cpq_hf.export import default_inputs
@@ -36,8 +41,39 @@ def test_pack(folders, tmp_path, capsys):
     command = ["pack", str(folders / "training"), str(tmp_path), "--max-shard-size", "4KB", "--json"]
     assert cli.main(command) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found == {"folder": str(tmp_path)} | verify_checkpoint(tmp_path)
+    assert found == {"folder": str(tmp_path), "copied": []} | verify_checkpoint(tmp_path)
     assert len(found["files"]) > 1
+
+
+def test_a_packed_folder_serves_a_pipeline(tmp_path, capsys):
+    training, folder = tmp_path / "training", tmp_path / "packed"
+    model = prepare_model(build("llama"), CPQConfig())
+    model.generation_config.max_new_tokens = 3
+    model.save_pretrained(training)
+    words = Tokenizer(WordLevel({str(number): number for number in range(40)}, unk_token="0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0", chat_template="{{ messages }}")
+    tokenizer.save_pretrained(training)
+    (training / "trainer_state.json").write_text("{}")
+    expected = pipeline("text-generation", model=str(training), device="cpu")("1 2 3", do_sample=False)
+    assert cli.main(["pack", str(training), str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} == set(found["copied"])
+    assert pipeline("text-generation", model=str(folder), device="cpu")("1 2 3", do_sample=False) == expected
+    assert GenerationConfig.from_pretrained(folder).max_new_tokens == 3
+    assert not (folder / "trainer_state.json").exists()
+    assert cli.main(["pack", str(training), str(training)]) == 0  # in place
+    assert "copied" not in capsys.readouterr().out
+
+
+def test_a_packed_folder_serves_a_pipeline_of_images(tmp_path, capsys):
+    training, folder, picture = tmp_path / "training", tmp_path / "packed", Image.new("RGB", (32, 32), "red")
+    prepare_model(build("vit"), CPQConfig()).save_pretrained(training)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(training)
+    assert cli.main(["pack", str(training), str(folder)]) == 0
+    assert capsys.readouterr().out.endswith("; copied: preprocessor_config.json\n")
+    scores = [pipeline("image-classification", model=str(path), device="cpu")(picture) for path in (training, folder)]
+    assert scores[0] == scores[1]
 
 
 @pytest.mark.parametrize("columns", [60, 80, 200])
@@ -130,18 +166,42 @@ def test_help_shows_an_example(verb, capsys):
     assert f"example: cpq-hf {verb} " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["pack", "--help"], ["pak"], ["export", "packed", "x"]], ids=" ".join
+)
+def test_the_command_line_is_read_before_torch_is_imported(arguments):
+    script = f"""
+import sys
+sys.argv = ["/usr/bin/cpq-hf", *{arguments}]
+from cpq_hf.cli import main
+try:
+    main()
+except SystemExit:
+    assert not {{"torch", "transformers"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert (done.stdout.startswith("usage: cpq-hf"), done.stderr == "") == (arguments[-1] == "--help",) * 2
+
+
 def test_on_the_hub(folders, tmp_path):
     """Pushed, verified and inspected by the id, as the command that pyproject.toml names."""
     hub = Hub()
     script = f"""
+import sys
+sys.argv = ["/usr/bin/cpq-hf"]
 from cpq_hf.cli import main
+assert "torch" not in sys.modules
+from pathlib import Path
 folder = {str(folders / "packed")!r}
+Path(folder, "vocab.txt").write_text("a")
 assert main(["push", folder, "me/model", "--private", "--revision", "v1", "--message", "First"]) == 0
 assert main(["verify", "me/model", "--revision", "v1"]) == 0
 assert main(["inspect", "me/model", "--revision", "v1", "--json"]) == 0
 assert main(["verify", "me/nothing"]) == 1
 assert main(["inspect", "me/model", "--revision", "v2"]) == 1
 assert main(["push", folder, "me/refused"]) == 1
+from cpq_hf.verbs import _copy_companions
+assert _copy_companions("me/model", "v1", Path(folder).parent) == ["vocab.txt"]
 """
     environment = os.environ | hub.environment(tmp_path)
     command = [sys.executable, "-c", script]
@@ -158,3 +218,4 @@ assert main(["push", folder, "me/refused"]) == 1
     assert [line.split(":")[0] for line in errors] == ["cpq-hf verify", "cpq-hf inspect", "cpq-hf push"]
     assert "Traceback" not in done.stderr
     assert "To go on: cpq-hf push " in errors[-1]
+    assert (folders / "vocab.txt").read_text() == "a"

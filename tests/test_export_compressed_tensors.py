@@ -369,6 +369,10 @@ REFUSED = {
         lambda: packed("bert", activation_bits=8).bfloat16(),
         r"input of `bert.*` is quantized and the model is torch.bfloat16.*`model.float\(\)`",
     ),
+    "input of a layer that is initialized by name": (
+        lambda: packed("wav2vec2", activation_bits=8, modules_to_not_convert=["feature_extractor"]),
+        r"input of `wav2vec2.feature_projection.projection` is quantized, but .*in floating point.*'activation_bits'",
+    ),
     "float64": (lambda: packed("llama", dtype=torch.float64), r"the model is torch.float64; .*`model.float\(\)`"),
     "tiny scales": (tiny_scales, r"scales of `model.layers.0.mlp.up_proj` \(down to 1.0e-07\) are too small"),
     "own class": (not_of_transformers, "Mine is not a class of transformers"),
@@ -486,12 +490,42 @@ def test_in_a_process_of_its_own(tmp_path):
     assert export(packed("llama", weight_bits=3), tmp_path / "out", "llama")["difference"] == 0
 
 
-@pytest.mark.parametrize("name", ["t5", "wav2vec2"])
-def test_models_that_transformers_cannot_load_packed(name, tmp_path, in_process):
-    """Their parents initialize the weights of children, which packed ones do not have."""
-    with pytest.raises(CPQError, match=r"cannot load a \w+ from .*has no attribute 'weight'.*own format"):
-        export_compressed_tensors(packed(name), tmp_path / "out", inputs(name))
+def test_layers_that_transformers_cannot_load_packed_are_in_floating_point(tmp_path, caplog, in_process):
+    """A parent initializes the weights of children by name, which packed ones do not have."""
+    report = export(packed("wav2vec2"), tmp_path / "out", "wav2vec2")
+    projection = "wav2vec2.feature_projection.projection"
+    assert [name for name, bits in report["containers"].items() if bits is None and "conv" not in name] == [projection]
+    assert f"initializes them by name and cannot load them packed: {projection}" in caplog.text
+
+
+def test_models_that_transformers_cannot_load_packed(tmp_path):
+    reason = (
+        r"T5For.* has no quantized layer .*`decoder.block.0.*SelfAttention.k` and 31 others.*reaches for .*own format"
+    )
+    with pytest.raises(CPQError, match=reason):
+        export_compressed_tensors(packed("t5"), tmp_path / "out", inputs("t5"))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_transformers_reaches_for_is_what_the_check_says(monkeypatch, tmp_path, in_process):
+    monkeypatch.setattr(compressed_tensors, "initialized_by_name", lambda *_: set())
+    with pytest.raises(CPQError, match=r"cannot load a \w+ from .*has no attribute 'weight'.*own format"):
+        export_compressed_tensors(packed("wav2vec2"), tmp_path / "out", example("wav2vec2"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_fused_layers_of_which_some_are_in_floating_point(tmp_path, caplog, in_process):
+    names = ["layers.0.self_attn.k_proj", "layers.1.mlp.up_proj", "layers.0.mlp.down_proj", "lm_head"]
+    export(packed("llama", modules_to_not_convert=names), tmp_path / "out", "llama")
+    warned = [record.getMessage() for record in caplog.records if "vLLM fuses" in record.getMessage()]
+    assert len(warned) == 2
+    q, k, v = (f"model.layers.0.self_attn.{part}_proj" for part in "qkv")
+    assert f"fuses {k} (in floating point) with {q}, {v} (packed)" in warned[0]
+    assert "model.layers.1.mlp.up_proj (in floating point) with model.layers.1.mlp.gate_proj (packed)" in warned[1]
+    assert all("quantize all or none of them, with `modules_to_not_convert`" in message for message in warned)
+    caplog.clear()
+    export(packed("llama"), tmp_path / "all", "llama")
+    assert "vLLM" not in caplog.text
 
 
 def test_the_check_cannot_reach_this_package(tmp_path):

@@ -17,6 +17,7 @@ RANKS = [
     {"lengths", "distillation", "oscillation", "inference"},
     {"controller"},
     {"hf", "export"},
+    {"verbs"},
     {"cli"},
     {"__init__"},
 ]

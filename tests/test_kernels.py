@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zlib
 
 import pytest
 import torch
 
 from cpq_hf import grid
-from cpq_hf.kernels import cpu
+from cpq_hf.kernels import cpu, crc
 from cpq_hf.kernels.layout import Layout
 from cpq_hf.spec import level_bounds
 
@@ -240,3 +241,20 @@ def test_step_sizes_are_tried_as_by_torch(bits):
     assert found is not None
     for got, want in zip(found, grid._try_steps(x.double(), tries.double(), bits, True, 0.5), strict=True):
         assert torch.allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("start", [0, 1, 0xFFFFFFFF, 0x12345678], ids=hex)
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 127, 1 << 12, (1 << 16) + 15, 300_007])
+def test_crc32_is_that_of_zlib(size, start, monkeypatch):
+    monkeypatch.setattr(crc, "_LONG", 0)
+    data = torch.randint(256, (size + 3,), dtype=torch.uint8)[3:]  # at an odd address
+    assert crc.crc32(data, start) == zlib.crc32(data.numpy().tobytes(), start)
+
+
+def test_crc32_of_any_tensor_and_without_a_compiler(monkeypatch):
+    tensors = [torch.randn(300, 200), torch.randn(70, 500).bfloat16(), torch.zeros(0), torch.tensor(7), torch.ones(1)]
+    found = [crc.crc32(tensor, 5) for tensor in tensors]
+    assert found == [zlib.crc32(bytes(tensor.flatten().view(torch.uint8).tolist()), 5) for tensor in tensors]
+    assert found[2] == 5
+    monkeypatch.setattr(crc, "load", lambda: None)
+    assert [crc.crc32(tensor, 5) for tensor in tensors] == found

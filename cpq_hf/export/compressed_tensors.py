@@ -29,7 +29,8 @@ from ..spec import MAX_BITS, MIN_BITS
 from ..summary import summarize
 from ..surgery import layer_kind, packed_layers
 from ..version import __version__
-from .containers import Container, choose_containers
+from .containers import Container, choose_containers, partly_packed
+from .initialized import initialized_by_name
 from .reload import check_reload, default_inputs, difference, placed, run
 from .schemes import quantization_config
 from .stored import exact, rounded_scales, stored_tensors
@@ -89,8 +90,9 @@ def export_compressed_tensors(
     directory = Path(directory)
     _check_environment(directory, container_bits)
     layers = _checked_layers(model)
+    by_name = _initialized_by_name(model, layers)
     model.eval()
-    weights = {name: layer.spec.weight for name, layer in layers.items() if _is_packed_there(layer)}
+    weights = {n: layer.spec.weight for n, layer in layers.items() if _is_packed_there(layer) and n not in by_name}
     experts = [name for name in weights if layer_kind(layers[name]) == "experts"]
     containers = choose_containers(weights, experts, container_bits)
     packed = {name: layers[name] for name in containers}
@@ -101,7 +103,8 @@ def export_compressed_tensors(
             expected = run(model, inputs)
             tensors, checksums = stored_tensors(model, layers, containers, untied)
         rounding = 0.0 if model.dtype == torch.float32 else difference(expected, run(model, inputs))
-    _warn(layers, containers, rounding, model.dtype)
+    float_layers = {*summarize(model).float_layers, *(layers.keys() - packed.keys())}
+    _warn(layers, containers, by_name, float_layers, rounding, model.dtype)
 
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
@@ -110,8 +113,9 @@ def export_compressed_tensors(
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     matrices = [name for name, tensor in tensors.items() if name.endswith(".weight") and tensor.dim() > 1]
     floats = {name.removesuffix(".weight") for name in matrices}  # under their names in the file, and in the model:
-    floats |= {*summarize(model).float_layers, *(layers.keys() - packed.keys())}
-    config.quantization_config = quantization_config(packed, containers, model.base_model_prefix, floats)
+    config.quantization_config = quantization_config(
+        packed, containers, model.base_model_prefix, floats | float_layers
+    )
     with _folder_in_place(directory) as folder:
         save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
         config.save_pretrained(folder)
@@ -177,6 +181,28 @@ def _checked_layers(model: PreTrainedModel) -> dict[str, PackedLayer]:
     return layers
 
 
+def _initialized_by_name(model: PreTrainedModel, layers: Mapping[str, PackedLayer]) -> set[str]:
+    """Linear layers that have to be in floating point, for transformers fails where they are packed."""
+    there = {name for name, layer in layers.items() if _is_packed_there(layer)}
+    by_name = initialized_by_name(model, [name for name in there if layer_kind(layers[name]) == "linear"])
+    reason = (
+        "the `_init_weights` of its parent in transformers reaches for its weight by name, and fails if it is packed"
+    )
+    if by_name == there:
+        raise CPQError(
+            f"{type(model).__name__} has no quantized layer that transformers loads packed. Of `{min(by_name)}` and "
+            f"{len(by_name) - 1} others, {reason}: use cpq's own format (`save_pretrained`) or `cpq_hf.export_onnx`"
+        )
+    for name in sorted(by_name):
+        if layers[name].spec.activation is not None:
+            override = {name: {"activation_bits": None}}
+            raise CPQError(
+                f"the input of `{name}` is quantized, but this layer has to be in floating point: {reason}. "
+                f"{_alternative(f'train it with `overrides={override}`')}"
+            )
+    return by_name
+
+
 def _check_input(name: str, layer: PackedLayer, dtype: torch.dtype) -> None:
     kind = layer_kind(layer)
     if kind != "linear":
@@ -206,13 +232,30 @@ def _is_packed_there(layer: PackedLayer) -> bool:
 
 
 def _warn(
-    layers: Mapping[str, PackedLayer], containers: Mapping[str, Container], rounding: float, dtype: torch.dtype
+    layers: Mapping[str, PackedLayer],
+    containers: Mapping[str, Container],
+    by_name: Collection[str],
+    float_layers: Collection[str],
+    rounding: float,
+    dtype: torch.dtype,
 ) -> None:
-    dense = [name for name in layers if name not in containers]
+    dense = [name for name in layers if name not in containers and name not in by_name]
     if dense:
         logger.warning(
             "written in floating point, as compressed-tensors packs Linear layers and experts only: %s",
             ", ".join(dense),
+        )
+    if by_name:
+        logger.warning(
+            "written in floating point, as transformers initializes them by name and cannot load them packed: %s",
+            ", ".join(sorted(by_name)),
+        )
+    for in_float, beside in partly_packed(containers, float_layers):
+        logger.warning(
+            "vLLM fuses %s (in floating point) with %s (packed) and refuses such a layer: quantize all or none of "
+            "them, with `modules_to_not_convert`. Transformers loads them as they are",
+            ", ".join(in_float),
+            ", ".join(beside),
         )
     if any(layers[name].spec.activation is not None for name in containers):
         logger.warning("vLLM has no kernel for packed weights with static quantized inputs: this is for transformers")

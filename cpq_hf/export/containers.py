@@ -62,6 +62,16 @@ def choose_containers(
     return containers
 
 
+def partly_packed(packed: Collection[str], floats: Collection[str]) -> list[tuple[list[str], list[str]]]:
+    """Sets of fused layers that are packed in part: `(names in floating point, names packed)` of each."""
+    names = sorted({*packed, *floats})
+    numbers = dict(zip(names, ties(names), strict=True))
+    sets: dict[int, tuple[list[str], list[str]]] = {}
+    for name in names:
+        sets.setdefault(numbers[name], ([], []))[name in packed].append(name)
+    return [parts for parts in sets.values() if all(parts)]
+
+
 def contained(layer: PackedLayer, container: Container) -> tuple[Tensor, Tensor]:
     """Words and scales of a packed weight as its container has them.
 

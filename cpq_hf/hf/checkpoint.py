@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from ..errors import CPQError
+from ..kernels.crc import crc32
 from ..nn.packed import packed_tensors
 from ..spec import LayerSpec
 from .config import QUANT_METHOD, CPQConfig
@@ -37,8 +38,7 @@ _UNSEALED = ("transformers_version", "transformers_weights")  # what a user may 
 def checksum(tensor: Tensor) -> int:
     """CRC-32 of dtype, shape, and the bytes as safetensors stores them."""
     kind = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    data = tensor.detach().cpu().contiguous().flatten()
-    return zlib.crc32(data.view(torch.uint8).numpy().data, kind) if data.numel() else kind
+    return crc32(tensor.detach().cpu().contiguous(), kind)
 
 
 def config_checksum(content: dict[str, Any]) -> int:

@@ -59,5 +59,6 @@ def _machine() -> str:
     """What `-march=native` depends on: a cache folder may be shared by different machines."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), None)
+    features = platform.processor() if features is None else features  # it may start a process, which takes a while
     return f"{platform.system()} {platform.machine()} {features}"

@@ -44,6 +44,7 @@ class Arguments:
     bits: int = field(default=4, metadata={"help": "bit-width of CPQ's weights; the peers have 4"})
     granularity: str = field(default="channel", metadata={"help": "tensor, channel or group (of 128)"})
     rounds: int = field(default=15, metadata={"help": "timed rounds, after two that are not counted"})
+    loads: int = field(default=5, metadata={"help": "times that a model is loaded, in processes of their own"})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda"})
     layers: int = field(default=4, metadata={"help": "decoder layers, each of the shape of TinyLlama 1.1B's"})
     parts: list[str] = field(default_factory=lambda: ["layer", "llama", "bert", "resnet", "load"])
@@ -174,12 +175,15 @@ def whole_models(args: Arguments) -> None:
 
 
 @torch.inference_mode()
-def load(folder: str, fast: bool) -> tuple[float, float, float, float, float]:
+def load(folder: str, fast: bool, cold: bool) -> tuple[float, float, float, float, float]:
     """In a process of its own: seconds to load, to the first token; MB of weights, resident, and at the peak."""
     transformers.utils.logging.disable_progress_bar()
-    for file in Path(folder).iterdir():  # out of the page cache: the disk is read
+    for file in Path(folder).iterdir():
         with file.open("rb") as handle:
-            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if cold:  # out of the page cache: the disk is read
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while not cold and handle.read(1 << 24):
+                pass
     small = LlamaConfig(vocab_size=8, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
     AutoModelForCausalLM.from_config(small)(torch.tensor([[1]]))  # what the libraries themselves load and allocate
     before = resident("VmRSS")
@@ -207,15 +211,21 @@ def loading(args: Arguments) -> None:
         model.save_pretrained(f"{folder}/packed")
         os.sync()
         print(f"\nPacking: {size:.0f} MB of float weights in {seconds:.2f} s, {size / seconds:.0f} MB/s\n")
-        print("| Llama from disk | file MB | load s | first token s | weights MB | resident MB | peak MB |")
-        print("|---|---|---|---|---|---|---|")
-        for name, kind in (("float32", "float"), ("CPQ exact", "packed"), ("CPQ fast", "packed")):
-            file = sum(path.stat().st_size for path in Path(folder, kind).glob("*.safetensors")) / 2**20
-            with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-                results = [pool.apply(load, (f"{folder}/{kind}", name == "CPQ fast")) for _ in range(3)]
-            loaded, first, *sizes = (median(values) for values in zip(*results, strict=True))
+        print("| Llama | from | file MB | load s | first token s | weights MB | resident MB | peak MB |")
+        print("|---|---|---|---|---|---|---|---|")
+        kinds = {"float32": "float", "CPQ exact": "packed", "CPQ fast": "packed"}
+        cases = [(name, source) for source in ("disk", "page cache") for name in kinds]
+        results: dict[tuple[str, str], list[tuple[float, ...]]] = {case: [] for case in cases}
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            for _ in range(args.loads):
+                for name, source in cases:
+                    call = (f"{folder}/{kinds[name]}", name == "CPQ fast", source == "disk")
+                    results[name, source].append(pool.apply(load, call))
+        for name, source in cases:
+            file = sum(path.stat().st_size for path in Path(folder, kinds[name]).glob("*.safetensors")) / 2**20
+            loaded, first, *sizes = (median(values) for values in zip(*results[name, source], strict=True))
             cells = " | ".join(f"{value:.0f}" for value in sizes)
-            print(f"| {name} | {file:.0f} | {loaded:.2f} | {first:.2f} | {cells} |", flush=True)
+            print(f"| {name} | {source} | {file:.0f} | {loaded:.2f} | {first:.2f} | {cells} |")
 
 
 def main() -> None:

@@ -1,0 +1,47 @@
+"""Layers that transformers cannot load packed, because a parent initializes their weights by name.
+
+After loading, `from_pretrained` calls `_init_weights` for every module; what was loaded is left alone.
+Most models have Linear layers initialized as modules of their own, where a weight that is not there is passed over.
+Some reach for `child.weight` from a parent (T5 for all of its layers, Wav2Vec2 for one), which a packed child lacks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def initialized_by_name(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """Those of the Linear layers `names` without whose weight the `_init_weights` of a parent fails."""
+    with torch.device("meta"):
+        skeleton = type(model)(copy.deepcopy(model.config))
+    return {name for name in names if _fails_without(skeleton, name)}
+
+
+def _fails_without(skeleton: PreTrainedModel, name: str) -> bool:
+    layer = skeleton.get_submodule(name)
+    weight = layer.weight
+    del layer.weight
+    parts = name.split(".")[:-1]
+    parents = [skeleton.get_submodule(".".join(parts[:count])) for count in range(len(parts) + 1)]
+    try:
+        return any(_needs_a_weight(parents[: count + 1]) for count in range(len(parents)))
+    finally:
+        layer.weight = weight
+
+
+def _needs_a_weight(parents: list[nn.Module]) -> bool:
+    """Whether the last of these, each inside of the one before, is initialized by a weight that is not there."""
+    model = next(parent for parent in reversed(parents) if isinstance(parent, PreTrainedModel))
+    try:
+        model._init_weights(parents[-1])
+    except AttributeError as error:
+        return "'weight'" in str(error)
+    except RuntimeError:  # what needs values, which a skeleton lacks, is left to the check of the whole export
+        return False
+    return False

@@ -10,8 +10,8 @@ trained in float first. Perplexity is that of files it never saw. Your own model
         --dataset_config wikitext-2-raw-v1 --block_size 1024 --weight_bits 4 --granularity group \
         --per_device_train_batch_size 4 --gradient_accumulation_steps 8 --learning_rate 2e-5 --bf16
 
-Every option of TrainingArguments works, as `--resume_from_checkpoint runs/causal_lm/checkpoint-500` or
-`--push_to_hub`. `output_dir` then holds `float`, `trained` (can be trained further), `packed` (what you publish).
+Every field of CPQConfig and TrainingArguments is an option, as `--resume_from_checkpoint True` or `--push_to_hub`.
+`output_dir` then holds `float`, `trained` (can be trained further), `packed` (what you publish).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM as AutoModel
 from transformers import GPT2Tokenizer as SmallTokenizer
 
 import cpq_hf
-from cpq_hf import CPQCallback, CPQConfig, CPQOptimizer
+from cpq_hf import CPQCallback, CPQConfig, CPQError, CPQOptimizer
 
 SMALL = {  # what `--architecture` makes
     "llama": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -60,24 +60,15 @@ class Arguments:
     overwrite: bool = field(default=False, metadata={"help": "replace the packed model in output_dir"})
 
 
-@dataclass
-class Quantization:
-    weight_bits: int = field(default=4, metadata={"help": "bit-width of weights; with learn_bits, the largest"})
-    activation_bits: int | None = field(default=None, metadata={"help": "bit-width of inputs; else left in float"})
-    granularity: str = field(default="channel", metadata={"help": "one step size per tensor, channel or group"})
-    learn_bits: bool = field(default=False, metadata={"help": "learn the bit-width of each layer"})
-    target_bits: float | None = field(default=None, metadata={"help": "their mean, at most; with learn_bits"})
-
-
-def parse() -> tuple[Arguments, Quantization, TrainingArguments]:
+def parse() -> tuple[Arguments, CPQConfig, TrainingArguments]:
     gpu = torch.accelerator.is_available()
-    parser = HfArgumentParser((Arguments, Quantization, TrainingArguments))
+    parser = HfArgumentParser((Arguments, CPQConfig, TrainingArguments))
     parser.set_defaults(
         output_dir="runs/causal_lm", learning_rate=2e-5, lr_scheduler_type="cosine", warmup_steps=0.1,
         per_device_train_batch_size=16, per_device_eval_batch_size=16, logging_steps=50, num_train_epochs=1,
         prediction_loss_only=True, dataloader_pin_memory=gpu, use_cpu=not gpu, ddp_find_unused_parameters=False,
     )  # fmt: skip
-    if parser.parse_known_args()[0].model_name_or_path is None:  # a small model that knows nothing yet
+    if parser.parse_args().model_name_or_path is None:  # a small model that knows nothing yet
         parser.set_defaults(float_epochs=3, float_lr=4e-3, num_train_epochs=0.5, learning_rate=1e-3, block_size=128)
     return parser.parse_args_into_dataclasses()
 
@@ -95,10 +86,12 @@ def load_data(args: Arguments, seed: int) -> datasets.DatasetDict:
         data = datasets.DatasetDict({part: library_text(part) for part in ("train", "test")})
     else:
         data = datasets.load_dataset(args.dataset_name, args.dataset_config)
+    if "train" not in data:
+        raise SystemExit(f"the data have no part 'train', only: {', '.join(data)}")
     features = data["train"].features
     if args.text_column not in features:
         raise SystemExit(f"the data have no column {args.text_column!r}; set --text_column to: {', '.join(features)}")
-    if features[args.text_column].dtype != "string":
+    if "string" not in getattr(features[args.text_column], "dtype", ""):
         raise SystemExit(f"the column {args.text_column!r} holds no text; set --text_column to one that does")
     test = next((name for name in ("validation", "test") if name in data), None)
     if test is None:
@@ -117,14 +110,14 @@ def load_float(args: Arguments, texts: list[str]):
 
 
 def main() -> None:
-    args, quantization, training = parse()
-    config = CPQConfig(**vars(quantization))
+    args, config, training = parse()
     output, resume = Path(training.output_dir), training.resume_from_checkpoint
+    resume = resume == "True" or resume  # the last checkpoint, or that of a folder
     push, training.push_to_hub = training.push_to_hub, False  # the packed model only, in the end
     if (output / "packed").exists() and not args.overwrite:
         raise SystemExit(f"{output / 'packed'} holds a packed model; choose another --output_dir, or --overwrite it")
     if resume is not None:  # the float model of the run that was interrupted
-        args.model_name_or_path = str(output / "float")
+        args.model_name_or_path = str((output / "float").resolve())
     set_seed(training.seed)
     datasets.disable_progress_bars()
     data = load_data(args, training.seed)
@@ -193,4 +186,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (CPQError, OSError) as error:  # a setting or a name to set right, which it says
+        raise SystemExit(f"{error}") from error

@@ -10,8 +10,8 @@ trained in float first. Perplexity is that of files it never saw. Your own model
         --dataset_config wikitext-2-raw-v1 --block_size 1024 --weight_bits 2 \
         --per_device_train_batch_size 4 --gradient_accumulation_steps 8 --learning_rate 2e-5 --bf16
 
-Every option of TrainingArguments works but resuming. `output_dir` then holds `float`, and in `alone` and `distilled`
-each `trained` (on the grid, can be trained further) and `packed` (integers, what you publish).
+Every field of CPQConfig and TrainingArguments is an option, as `--resume_from_checkpoint True` or `--push_to_hub`.
+`output_dir` then holds `float`, and in `alone` and `distilled` each `trained` (can be trained further) and `packed`.
 """
 
 from __future__ import annotations
@@ -25,20 +25,14 @@ from pathlib import Path
 
 import datasets
 import torch
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    HfArgumentParser,
-    Trainer,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers import AutoModelForCausalLM as AutoModel
 from transformers import GPT2Tokenizer as SmallTokenizer
+from transformers.data.data_collator import default_data_collator
+from transformers.trainer_utils import get_last_checkpoint
 
 import cpq_hf
-from cpq_hf import CPQCallback, CPQConfig, CPQOptimizer
+from cpq_hf import CPQCallback, CPQConfig, CPQError, CPQOptimizer
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "intermediate_size": 192}  # fmt: skip
@@ -54,22 +48,20 @@ class Arguments:
     block_size: int = field(default=512, metadata={"help": "tokens in a row of training; 128 for a small model"})
     float_epochs: float = field(default=0, metadata={"help": "epochs in float first; 3 for a small model"})
     float_lr: float = field(default=2e-5, metadata={"help": "its rate; 4e-3 for a small model"})
-    weight_bits: int = field(default=2, metadata={"help": "bit-width of weights"})
-    activation_bits: int | None = field(default=None, metadata={"help": "bit-width of inputs; else left in float"})
     distillation_weight: float = field(default=0.9, metadata={"help": "share of the teacher in the loss"})
     temperature: float = field(default=1.0, metadata={"help": "softens what the teacher says"})
     overwrite: bool = field(default=False, metadata={"help": "replace the packed models in output_dir"})
 
 
-def parse() -> tuple[Arguments, TrainingArguments]:
+def parse() -> tuple[Arguments, CPQConfig, TrainingArguments]:
     gpu = torch.accelerator.is_available()
-    parser = HfArgumentParser((Arguments, TrainingArguments))
+    parser = HfArgumentParser((Arguments, CPQConfig, TrainingArguments))
     parser.set_defaults(
-        output_dir="runs/distill", learning_rate=2e-5, lr_scheduler_type="cosine", warmup_steps=0.1,
+        output_dir="runs/distill", weight_bits=2, learning_rate=2e-5, lr_scheduler_type="cosine", warmup_steps=0.1,
         per_device_train_batch_size=16, per_device_eval_batch_size=16, logging_steps=50, num_train_epochs=1,
         prediction_loss_only=True, dataloader_pin_memory=gpu, use_cpu=not gpu, ddp_find_unused_parameters=False,
     )  # fmt: skip
-    if parser.parse_known_args()[0].model_name_or_path is None:  # a small model that knows nothing yet
+    if parser.parse_args().model_name_or_path is None:  # a small model that knows nothing yet
         parser.set_defaults(float_epochs=3, float_lr=4e-3, num_train_epochs=0.5, learning_rate=1e-3, block_size=128)
     return parser.parse_args_into_dataclasses()
 
@@ -87,10 +79,12 @@ def load_data(args: Arguments, seed: int) -> datasets.DatasetDict:
         data = datasets.DatasetDict({part: library_text(part) for part in ("train", "test")})
     else:
         data = datasets.load_dataset(args.dataset_name, args.dataset_config)
+    if "train" not in data:
+        raise SystemExit(f"the data have no part 'train', only: {', '.join(data)}")
     features = data["train"].features
     if args.text_column not in features:
         raise SystemExit(f"the data have no column {args.text_column!r}; set --text_column to: {', '.join(features)}")
-    if features[args.text_column].dtype != "string":
+    if "string" not in getattr(features[args.text_column], "dtype", ""):
         raise SystemExit(f"the column {args.text_column!r} holds no text; set --text_column to one that does")
     test = next((name for name in ("validation", "test") if name in data), None)
     if test is None:
@@ -109,16 +103,19 @@ def load_float(args: Arguments, texts: list[str]):
 
 
 def main() -> None:
-    args, training = parse()
-    config = CPQConfig(weight_bits=args.weight_bits, activation_bits=args.activation_bits)
-    output = Path(training.output_dir)
+    args, config, training = parse()
+    output, resume = Path(training.output_dir), training.resume_from_checkpoint
     push, training.push_to_hub = training.push_to_hub, False  # the packed model only, in the end
-    if training.resume_from_checkpoint is not None:
-        raise SystemExit(
-            "this recipe trains several models and cannot resume; recipes/causal_lm.py trains one and can"
-        )
-    if (output / "distilled" / "packed").exists() and not args.overwrite:
+    folders = [output / name for name in ("alone", "distilled")]
+    named = None if resume in (None, "True") else Path(resume).resolve().parent
+    if named is not None and named not in [folder.resolve() for folder in folders]:
+        raise SystemExit(f"{resume} is no checkpoint in {folders[0]} or {folders[1]}; give one, or True")
+    packed = [folder for folder in folders if (folder / "packed").exists()]
+    done = [folder for folder in packed if resume is not None and folder.resolve() != named]
+    if packed != done and not args.overwrite:
         raise SystemExit(f"{output} holds a packed model; choose another --output_dir, or --overwrite it")
+    if resume is not None:  # the float model of the run that was interrupted
+        args.model_name_or_path = str((output / "float").resolve())
     set_seed(training.seed)
     datasets.disable_progress_bars()
     data = load_data(args, training.seed)
@@ -145,42 +142,42 @@ def main() -> None:
         run.is_fsdp_enabled = run.is_deepspeed_enabled = False  # they cannot evaluate what they did not train
         return math.exp(run.evaluate()["eval_loss"])
 
-    # 1. the float model, trained if asked for
-    floating = {"num_train_epochs": args.float_epochs, "learning_rate": args.float_lr, "save_strategy": "no"}
-    run = Trainer(model, replace(training, load_best_model_at_end=False, **floating), **parts)
-    if args.float_epochs:
-        run.train()
-    run.save_model(output / "float")
-    run.accelerator.wait_for_everyone()
+    if resume is None:  # 1. the float model, trained if asked for
+        floating = {"num_train_epochs": args.float_epochs, "learning_rate": args.float_lr, "save_strategy": "no"}
+        run = Trainer(model, replace(training, load_best_model_at_end=False, **floating), **parts)
+        if args.float_epochs:
+            run.train()
+        run.save_model(output / "float")
+        run.accelerator.wait_for_everyone()
+    for folder in {*packed} - {*done}:  # --overwrite
+        shutil.rmtree(folder / "packed", ignore_errors=True)
     rows = [("float", None, perplexity(AutoModel.from_pretrained(output / "float")), None)]
     teacher = AutoModel.from_pretrained(args.teacher_name_or_path or output / "float", dtype=torch.float32)
 
-    for name in ("alone", "distilled"):
-        # 2. on the grid, and trained there
-        set_seed(training.seed)
-        folder = output / name
+    for folder in folders:
+        set_seed(training.seed)  # 2. on the grid, and trained there, unless the run that was interrupted has done it
         model = AutoModel.from_pretrained(output / "float", quantization_config=config)
-        if name == "distilled":
+        if folder.name == "distilled":
             cpq_hf.distill(model, teacher, weight=args.distillation_weight, temperature=args.temperature)
         cpq = {"callbacks": [CPQCallback()], "optimizer_cls_and_kwargs": (CPQOptimizer, {"args": training})}
         run = Trainer(model, replace(training, output_dir=str(folder)), **parts, **cpq)
         cpq_hf.calibrate_model(model.to(training.device), itertools.islice(run.get_train_dataloader(), 4))
         rounded = perplexity(model)
-        run.train()
-        run.save_model(folder / "trained")
+        if folder not in done:
+            last = None if resume is None else get_last_checkpoint(folder)
+            run.train(resume_from_checkpoint=resume if folder.resolve() == named else last)
+            run.save_model(folder / "trained")
         run.accelerator.wait_for_everyone()
         model = AutoModel.from_pretrained(folder / "trained")
         trained = perplexity(model)
 
-        # 3. packed, saved by one process, loaded again by all
-        cpq_hf.pack_model(model)
+        cpq_hf.pack_model(model)  # 3. as integers; saved by one process, loaded again by all
         if run.is_world_process_zero():
-            shutil.rmtree(folder / "packed", ignore_errors=True)
             model.save_pretrained(folder / "packed")
             tokenizer.save_pretrained(folder / "packed")
         run.accelerator.wait_for_everyone()
         model = AutoModel.from_pretrained(folder / "packed")
-        rows.append((name, rounded, trained, perplexity(model)))
+        rows.append((folder.name, rounded, trained, perplexity(model)))
 
     if run.is_world_process_zero():
         report, size = cpq_hf.summarize(model), cpq_hf.verify_checkpoint(folder / "packed")["bytes"]
@@ -196,4 +193,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (CPQError, OSError) as error:  # a setting or a name to set right, which it says
+        raise SystemExit(f"{error}") from error

@@ -8,8 +8,8 @@ needs no network: scikit-learn's handwritten digits and a small model made here,
         --model_name_or_path microsoft/resnet-18 --dataset_name beans --label_column labels --float_epochs 3 \
         --weight_bits 4 --activation_bits 4 --num_train_epochs 10 --learning_rate 1e-4 --bf16
 
-Every option of TrainingArguments works, as `--resume_from_checkpoint runs/image_classification/checkpoint-100` or
-`--push_to_hub`. `output_dir` then holds `float`, `trained` (can be trained further), `packed` (what you publish).
+Every field of CPQConfig and TrainingArguments is an option, as `--resume_from_checkpoint True` or `--push_to_hub`.
+`output_dir` then holds `float`, `trained` (can be trained further), `packed` (what you publish).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from transformers import ViTImageProcessorPil as SmallProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 asks for torchvision otherwise
 
 import cpq_hf
-from cpq_hf import CPQCallback, CPQConfig, CPQOptimizer
+from cpq_hf import CPQCallback, CPQConfig, CPQError, CPQOptimizer
 
 SMALL = {  # what `--architecture` makes, for images of 32x32
     "resnet": {"embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [1, 1, 1], "layer_type": "basic"},
@@ -54,15 +54,6 @@ class Arguments:
     overwrite: bool = field(default=False, metadata={"help": "replace the packed model in output_dir"})
 
 
-@dataclass
-class Quantization:
-    weight_bits: int = field(default=4, metadata={"help": "bit-width of weights; with learn_bits, the largest"})
-    activation_bits: int | None = field(default=None, metadata={"help": "bit-width of inputs; else left in float"})
-    granularity: str = field(default="channel", metadata={"help": "one step size per tensor, channel or group"})
-    learn_bits: bool = field(default=False, metadata={"help": "learn the bit-width of each layer"})
-    target_bits: float | None = field(default=None, metadata={"help": "their mean, at most; with learn_bits"})
-
-
 class Accuracy(evaluate.Metric):  # instantiated directly, so that nothing has to be downloaded
     def _info(self) -> evaluate.MetricInfo:
         features = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
@@ -72,15 +63,15 @@ class Accuracy(evaluate.Metric):  # instantiated directly, so that nothing has t
         return {"accuracy": float(accuracy_score(references, predictions))}
 
 
-def parse() -> tuple[Arguments, Quantization, TrainingArguments]:
+def parse() -> tuple[Arguments, CPQConfig, TrainingArguments]:
     gpu = torch.accelerator.is_available()
-    parser = HfArgumentParser((Arguments, Quantization, TrainingArguments))
+    parser = HfArgumentParser((Arguments, CPQConfig, TrainingArguments))
     parser.set_defaults(
         output_dir="runs/image_classification", learning_rate=1e-4, lr_scheduler_type="cosine", warmup_steps=0.1,
         per_device_train_batch_size=32, per_device_eval_batch_size=128, logging_steps=50, save_strategy="epoch",
         remove_unused_columns=False, dataloader_pin_memory=gpu, use_cpu=not gpu, ddp_find_unused_parameters=False,
     )  # fmt: skip
-    if parser.parse_known_args()[0].model_name_or_path is None:  # a small model that knows nothing yet
+    if parser.parse_args().model_name_or_path is None:  # a small model that knows nothing yet
         parser.set_defaults(float_epochs=12, num_train_epochs=12, learning_rate=5e-3)
     return parser.parse_args_into_dataclasses()
 
@@ -93,20 +84,25 @@ def load_data(args: Arguments, seed: int) -> tuple[datasets.DatasetDict, dict[in
         data = datasets.DatasetDict(train=datasets.Dataset.from_dict({"image": pictures, "label": labels}))
     else:
         data = datasets.load_dataset(args.dataset_name)
+    if "train" not in data:
+        raise SystemExit(f"the data have no part 'train', only: {', '.join(data)}")
     features = data["train"].features
-    for option, column in (("image_column", args.image_column), ("label_column", args.label_column)):
-        if column not in features:
+    classes = (datasets.ClassLabel, datasets.Value)
+    for option, what, kind in (("image_column", "images", datasets.Image), ("label_column", "classes", classes)):
+        if (column := getattr(args, option)) not in features:
             raise SystemExit(f"the data have no column {column!r}; set --{option} to one of: {', '.join(features)}")
-    if not isinstance(features[args.image_column], datasets.Image):
-        raise SystemExit(f"the column {args.image_column!r} holds no images; set --image_column to one that does")
+        if not isinstance(features[column], kind):
+            raise SystemExit(f"the column {column!r} holds no {what}; set --{option} to one that does")
     test = next((name for name in ("validation", "test") if name in data), None)
     if test is None:
         data, test = data["train"].train_test_split(test_size=0.2, seed=seed), "test"
     data = datasets.DatasetDict(train=data["train"], test=data[test])
-    if isinstance(features[args.label_column], datasets.ClassLabel):
-        return data, dict(enumerate(features[args.label_column].names))
     labels = {label for part in data.values() for label in part.unique(args.label_column)}
-    return data, {label: str(label) for label in sorted(labels)}
+    names = getattr(features[args.label_column], "names", None)
+    names = dict(enumerate(names)) if names else {label: str(label) for label in sorted(labels - {None})}
+    if not labels <= names.keys():
+        raise SystemExit(f"the column {args.label_column!r} has rows without a class; leave them out first")
+    return data, names
 
 
 def load_float(args: Arguments, names: list[str]):
@@ -122,13 +118,13 @@ def load_float(args: Arguments, names: list[str]):
 
 
 def main() -> None:
-    args, quantization, training = parse()
-    config = CPQConfig(**vars(quantization))
+    args, config, training = parse()
     output, resume = Path(training.output_dir), training.resume_from_checkpoint
+    resume = resume == "True" or resume  # the last checkpoint, or that of a folder
     push, training.push_to_hub = training.push_to_hub, False  # the packed model only, in the end
     if (output / "packed").exists() and not args.overwrite:
         raise SystemExit(f"{output / 'packed'} holds a packed model; choose another --output_dir, or --overwrite it")
-    args.model_name_or_path = args.model_name_or_path if resume is None else str(output / "float")
+    args.model_name_or_path = args.model_name_or_path if resume is None else str((output / "float").resolve())
     set_seed(training.seed)
     datasets.disable_progress_bars()
     data, names = load_data(args, training.seed)
@@ -196,4 +192,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (CPQError, OSError) as error:  # a setting or a name to set right, which it says
+        raise SystemExit(f"{error}") from error

@@ -9,8 +9,8 @@ library a piece of source code is from. Your own model and data:
         --model_name_or_path bert-base-cased --dataset_name nyu-mll/glue --dataset_config rte \
         --text_column sentence1 sentence2 --float_epochs 3 --learning_rate 3e-5 --bf16
 
-Every option of TrainingArguments works, as `--resume_from_checkpoint runs/text_classification/checkpoint-500` or
-`--push_to_hub`. `output_dir` then holds `float`, `trained` (can be trained further), `packed` (what you publish).
+Every field of CPQConfig and TrainingArguments is an option, as `--resume_from_checkpoint True` or `--push_to_hub`.
+`output_dir` then holds `float`, `trained` (can be trained further), `packed` (what you publish).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from transformers import AutoModelForSequenceClassification as AutoModel
 from transformers import BertTokenizer as SmallTokenizer
 
 import cpq_hf
-from cpq_hf import CPQCallback, CPQConfig, CPQOptimizer
+from cpq_hf import CPQCallback, CPQConfig, CPQError, CPQOptimizer
 
 PACKAGES = ("asyncio", "email", "http", "importlib", "json", "logging", "multiprocessing", "unittest", "urllib", "xml")
 
@@ -48,15 +48,6 @@ class Arguments:
     overwrite: bool = field(default=False, metadata={"help": "replace the packed model in output_dir"})
 
 
-@dataclass
-class Quantization:
-    weight_bits: int = field(default=4, metadata={"help": "bit-width of weights; with learn_bits, the largest"})
-    activation_bits: int | None = field(default=None, metadata={"help": "bit-width of inputs; else left in float"})
-    granularity: str = field(default="channel", metadata={"help": "one step size per tensor, channel or group"})
-    learn_bits: bool = field(default=False, metadata={"help": "learn the bit-width of each layer"})
-    target_bits: float | None = field(default=None, metadata={"help": "their mean, at most; with learn_bits"})
-
-
 class Accuracy(evaluate.Metric):  # instantiated directly, so that nothing has to be downloaded
     def _info(self) -> evaluate.MetricInfo:
         features = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
@@ -66,15 +57,15 @@ class Accuracy(evaluate.Metric):  # instantiated directly, so that nothing has t
         return {"accuracy": float(accuracy_score(references, predictions))}
 
 
-def parse() -> tuple[Arguments, Quantization, TrainingArguments]:
+def parse() -> tuple[Arguments, CPQConfig, TrainingArguments]:
     gpu = torch.accelerator.is_available()
-    parser = HfArgumentParser((Arguments, Quantization, TrainingArguments))
+    parser = HfArgumentParser((Arguments, CPQConfig, TrainingArguments))
     parser.set_defaults(
         output_dir="runs/text_classification", learning_rate=3e-5, lr_scheduler_type="cosine", warmup_steps=0.1,
         per_device_train_batch_size=32, per_device_eval_batch_size=128, logging_steps=50, save_strategy="epoch",
         remove_unused_columns=False, dataloader_pin_memory=gpu, use_cpu=not gpu, ddp_find_unused_parameters=False,
     )  # fmt: skip
-    if parser.parse_known_args()[0].model_name_or_path is None:  # a small model that knows nothing yet
+    if parser.parse_args().model_name_or_path is None:  # a small model that knows nothing yet
         parser.set_defaults(float_epochs=8, num_train_epochs=4, learning_rate=1e-3, max_length=64)
     return parser.parse_args_into_dataclasses()
 
@@ -90,20 +81,26 @@ def load_data(args: Arguments, seed: int) -> tuple[datasets.DatasetDict, dict[in
         data = datasets.DatasetDict(train=datasets.Dataset.from_list(rows))
     else:
         data = datasets.load_dataset(args.dataset_name, args.dataset_config)
+    if "train" not in data:
+        raise SystemExit(f"the data have no part 'train', only: {', '.join(data)}")
     features = data["train"].features
     for option, column in [("label_column", args.label_column), *(("text_column", name) for name in args.text_column)]:
         if column not in features:
             raise SystemExit(f"the data have no column {column!r}; set --{option} to one of: {', '.join(features)}")
-        if option == "text_column" and features[column].dtype != "string":
+        if not isinstance(features[column], (datasets.ClassLabel, datasets.Value)):
+            raise SystemExit(f"the column {column!r} holds neither text nor classes; set --{option} to one that does")
+        if option == "text_column" and "string" not in features[column].dtype:
             raise SystemExit(f"the column {column!r} holds no text; set --text_column to one that does")
     test = next((name for name in ("validation", "test") if name in data), None)
     if test is None:
         data, test = data["train"].train_test_split(test_size=0.2, seed=seed), "test"
     data = datasets.DatasetDict(train=data["train"], test=data[test])
-    if isinstance(features[args.label_column], datasets.ClassLabel):
-        return data, dict(enumerate(features[args.label_column].names))
     labels = {label for part in data.values() for label in part.unique(args.label_column)}
-    return data, {label: str(label) for label in sorted(labels)}
+    names = getattr(features[args.label_column], "names", None)
+    names = dict(enumerate(names)) if names else {label: str(label) for label in sorted(labels - {None})}
+    if not labels <= names.keys():
+        raise SystemExit(f"the column {args.label_column!r} has rows without a class; leave them out first")
+    return data, names
 
 
 def load_float(args: Arguments, texts: list[str], names: list[str]):
@@ -115,7 +112,7 @@ def load_float(args: Arguments, texts: list[str], names: list[str]):
             "bert", vocab_size=len(tokenizer), max_position_embeddings=args.max_length, **shape
         )
     else:
-        tokenizer, config = AutoTokenizer.from_pretrained(source), AutoConfig.from_pretrained(source)
+        config, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     if set(config.label2id) != set(names):  # else the model knows these classes, maybe in another order
         config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
     options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
@@ -123,13 +120,13 @@ def load_float(args: Arguments, texts: list[str], names: list[str]):
 
 
 def main() -> None:
-    args, quantization, training = parse()
-    config = CPQConfig(**vars(quantization))
+    args, config, training = parse()
     output, resume = Path(training.output_dir), training.resume_from_checkpoint
+    resume = resume == "True" or resume  # the last checkpoint, or that of a folder
     push, training.push_to_hub = training.push_to_hub, False  # the packed model only, in the end
     if (output / "packed").exists() and not args.overwrite:
         raise SystemExit(f"{output / 'packed'} holds a packed model; choose another --output_dir, or --overwrite it")
-    args.model_name_or_path = args.model_name_or_path if resume is None else str(output / "float")
+    args.model_name_or_path = args.model_name_or_path if resume is None else str((output / "float").resolve())
     set_seed(training.seed)
     datasets.disable_progress_bars()
     data, names = load_data(args, training.seed)
@@ -196,4 +193,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (CPQError, OSError) as error:  # a setting or a name to set right, which it says
+        raise SystemExit(f"{error}") from error

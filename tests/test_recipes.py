@@ -6,11 +6,14 @@ import importlib.util
 import json
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -34,7 +37,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 DIRECT: tuple[str, ...] = ()
 ACCELERATE = ("-m", "accelerate.commands.launch", "--config_file", str(RECIPES / "accelerate" / "cpu.yaml"))
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-TRAINER_RECIPES = ("image_classification", "text_classification", "causal_lm", "distill")
+RECIPE_NAMES = ("image_classification", "text_classification", "causal_lm", "distill", "accelerate_loop")
 
 
 def run(script: str, *arguments: str, cwd: Path, launcher: tuple[str, ...] = DIRECT) -> str:
@@ -78,6 +81,13 @@ def load(name: str) -> ModuleType:
     return module
 
 
+def main(name: str, *arguments: str) -> None:
+    """A recipe as a program, but in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
+
+
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
     """Digits in the layout of an image folder of the Hub: a subfolder for each class, only a part to train."""
@@ -97,6 +107,30 @@ def text_folder(tmp_path: Path) -> Path:
     for part, count in (("train", 40), ("test", 20)):
         rows = [{"review": f"{'good' if i % 2 else 'bad'} number {i} " * 8, "stars": i % 2} for i in range(count)]
         (folder / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture
+def metric_folder(tmp_path: Path) -> Path:
+    """A metric of one's own in the form of the Hub: a script of the name of its folder. It counts what is wrong."""
+    folder = tmp_path / "mistakes"
+    folder.mkdir()
+    (folder / "mistakes.py").write_text(
+        """
+import datasets
+import evaluate
+
+
+class Mistakes(evaluate.Metric):
+    def _info(self):
+        kind = datasets.Value("int64")
+        features = datasets.Features({"predictions": kind, "references": kind})
+        return evaluate.MetricInfo(description="", citation="", features=features)
+
+    def _compute(self, predictions, references):
+        return {"mistakes": sum(p != r for p, r in zip(predictions, references)), "rows": len(references)}
+"""
+    )
     return folder
 
 
@@ -158,6 +192,27 @@ def test_image_classification_with_model_and_data_of_folders(tmp_path, image_fol
     scores(printed)
     config = json.loads((tmp_path / "runs/image_classification/packed/config.json").read_text())
     assert config["label2id"]["digit-9"] == 0
+
+
+@pytest.mark.parametrize(("name", "rows"), [("image_classification", 40), ("text_classification", 20)])
+def test_metric_of_a_folder(name, rows, tmp_path, image_folder, text_folder, metric_folder):
+    data = {
+        "image_classification": ("--dataset_name", str(image_folder)),
+        "text_classification": (
+            "--dataset_name",
+            str(text_folder),
+            "--text_column",
+            "review",
+            "--label_column",
+            "stars",
+        ),
+    }
+    printed = run(f"{name}.py", *data[name], "--metric", str(metric_folder), "--max_steps", "2", cwd=tmp_path)
+    table = scores(printed)
+    assert set(table) == {"float", "rounded", "trained", "reloaded"}
+    for score in table.values():
+        assert float(score) in range(rows + 1)  # counted in rows, not a share of them
+    assert "mistakes" in printed
 
 
 @pytest.mark.shows("image recipe", "torchrun, two processes")
@@ -228,16 +283,40 @@ def test_small_language_models_quantize(architecture):
     assert model.train()(input_ids=ids, labels=ids).loss.isfinite()
 
 
-@pytest.mark.shows("distillation recipe", "accelerate launch")
-def test_distill(tmp_path):
-    arguments = ("--max_steps", "2", "--block_size", "64")
-    printed = run("distill.py", *arguments, cwd=tmp_path, launcher=ACCELERATE)
-    table = {
-        row[0]: row[1:] for row in map(str.split, printed.splitlines()) if row and row[0] in ("alone", "distilled")
-    }
-    assert table["alone"][0] == table["distilled"][0]  # one start
-    assert table["alone"][1] != table["distilled"][1]
-    assert all(trained == reloaded for _, trained, reloaded in table.values())
+@pytest.mark.shows("distillation recipe, stopped and resumed: the same packed files", "accelerate launch")
+def test_distill_stopped_and_resumed(tmp_path):
+    steps = ("--max_steps", "4", "--block_size", "64", "--save_strategy", "steps", "--save_steps", "2")
+    printed = run("distill.py", *steps, cwd=tmp_path, launcher=ACCELERATE)
+    wanted = {row[0]: row[1:] for row in map(str.split, printed.splitlines()) if row[:1] in (["alone"], ["distilled"])}
+    assert wanted["alone"][0] == wanted["distilled"][0]  # one start
+    assert wanted["alone"][1] != wanted["distilled"][1]
+    assert all(trained == reloaded for _, trained, reloaded in wanted.values())
+    output = tmp_path / "runs/distill"
+    shutil.copytree(output, tmp_path / "whole")
+
+    def stop(*gone: str) -> None:
+        for name in gone:
+            shutil.rmtree(output / name)
+
+    def resume(checkpoint: str) -> None:
+        printed = run("distill.py", *steps, "--resume_from_checkpoint", checkpoint, cwd=tmp_path)
+        got = {
+            row[0]: row[1:] for row in map(str.split, printed.splitlines()) if row[:1] in (["alone"], ["distilled"])
+        }
+        assert got == wanted
+        for name in wanted:
+            assert same_weights(output / name / "packed", tmp_path / "whole" / name / "packed")
+
+    # in the middle of the second copy: the first is left as it is
+    stop("distilled/packed", "distilled/trained", "distilled/checkpoint-4", "alone/checkpoint-2", "alone/checkpoint-4")
+    before = (output / "alone/trained/model.safetensors").stat().st_mtime_ns
+    resume("True")
+    assert (output / "alone/trained/model.safetensors").stat().st_mtime_ns == before
+    assert not list((output / "alone").glob("checkpoint-*"))
+    # in the middle of the first copy: the second begins at its start
+    stop("alone", "distilled")
+    shutil.copytree(tmp_path / "whole/alone/checkpoint-2", output / "alone/checkpoint-2")
+    resume("runs/distill/alone/checkpoint-2")
 
 
 @pytest.mark.shows("loop recipe, stopped and resumed: the same packed file", "accelerate launch")
@@ -250,6 +329,23 @@ def test_accelerate_loop_stopped_and_resumed(tmp_path):
     resume = ("--resume_from_checkpoint", str(output / "checkpoint-2"))
     run("accelerate_loop.py", *steps, *resume, cwd=tmp_path, launcher=ACCELERATE)
     assert same_weights(output / "packed", packed)
+
+
+def test_accelerate_loop_with_model_and_data_of_folders(tmp_path, image_folder):
+    recipe = load("image_classification")
+    names = [f"digit-{label}" for label in reversed(range(10))]  # another order than that of the data
+    model, processor = recipe.load_float(recipe.Arguments(architecture="vit"), names)
+    model.save_pretrained(tmp_path / "vit")
+    processor.save_pretrained(tmp_path / "vit")
+    arguments = ("--model_name_or_path", "vit", "--dataset_name", str(image_folder), "--max_steps", "2")
+    printed = run("accelerate_loop.py", *arguments, cwd=tmp_path, launcher=ACCELERATE)
+    scores(printed)
+    output = tmp_path / "runs/accelerate_loop"
+    config = json.loads((output / "packed/config.json").read_text())
+    assert config["label2id"]["digit-9"] == 0
+    assert {"config.json", "preprocessor_config.json"} <= {file.name for file in (output / "packed").iterdir()}
+    # without float epochs, the model is the one that was given
+    assert (output / "float/model.safetensors").read_bytes() == (tmp_path / "vit/model.safetensors").read_bytes()
 
 
 @pytest.mark.shows("loop recipe", "torchrun, two processes")
@@ -283,18 +379,43 @@ def test_what_is_pushed_is_the_packed_model(tmp_path, text_folder, monkeypatch):
 # --- what a user can get wrong ---
 
 
+@pytest.mark.parametrize("name", ["image_classification", "accelerate_loop"])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"label_column": "digit"}, r"no column 'digit'; set --label_column to one of: image, label$"),
         ({"image_column": "picture"}, r"no column 'picture'; set --image_column to one of: image, label$"),
         ({"image_column": "label"}, r"column 'label' holds no images; set --image_column"),
+        ({"label_column": "image"}, r"column 'image' holds no classes; set --label_column"),
     ],
 )
-def test_columns_of_images(options, message):
-    recipe = load("image_classification")
+def test_columns_of_images(name, options, message):
+    recipe = load(name)
     with pytest.raises(SystemExit, match=message):
         recipe.load_data(recipe.Arguments(**options), seed=0)
+
+
+@pytest.mark.parametrize("name", ["image_classification", "accelerate_loop", "text_classification"])
+@pytest.mark.parametrize("label", [None, -1])
+def test_rows_without_a_class(name, label, monkeypatch):
+    """As the parts to test of many data sets."""
+    features = {"image": datasets.Image(), "text": datasets.Value("string")}
+    features["label"] = datasets.ClassLabel(names=["no", "yes"]) if label == -1 else datasets.Value("string")
+    picture, labels = Image.new("L", (8, 8)), [0, 1, label] if label == -1 else ["no", "yes", label]
+    rows = {"image": [picture] * 3, "text": ["words"] * 3, "label": labels}
+    part = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: datasets.DatasetDict(train=part, test=part))
+    recipe = load(name)
+    with pytest.raises(SystemExit, match="column 'label' has rows without a class; leave them out first"):
+        recipe.load_data(recipe.Arguments(dataset_name="any"), seed=0)
+
+
+@pytest.mark.parametrize("name", RECIPE_NAMES)
+def test_data_without_a_part_to_train(name, text_folder):
+    (text_folder / "train.jsonl").unlink()
+    recipe = load(name)
+    with pytest.raises(SystemExit, match="no part 'train', only: test$"):
+        recipe.load_data(recipe.Arguments(dataset_name=str(text_folder)), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +438,7 @@ def test_columns_of_text(recipe, options, message, text_folder):
         recipe.load_data(recipe.Arguments(dataset_name=str(text_folder), **options), seed=0)
 
 
-@pytest.mark.parametrize("name", [*TRAINER_RECIPES, "accelerate_loop"])
+@pytest.mark.parametrize("name", RECIPE_NAMES)
 def test_a_packed_model_is_not_overwritten(name, tmp_path, monkeypatch):
     (tmp_path / ("distilled/packed" if name == "distill" else "packed")).mkdir(parents=True)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--output_dir", str(tmp_path)])
@@ -325,19 +446,37 @@ def test_a_packed_model_is_not_overwritten(name, tmp_path, monkeypatch):
         load(name).main()
 
 
-@pytest.mark.parametrize("name", [*TRAINER_RECIPES, "accelerate_loop"])
-def test_a_setting_out_of_range_fails_at_once(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--output_dir", str(tmp_path / "new"), "--weight_bits", "9"])
-    with pytest.raises(CPQError, match="`weight_bits`"):
-        load(name).main()
+@pytest.mark.parametrize("name", RECIPE_NAMES)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--weight_bits", "9"), "`weight_bits`"),
+        (("--target_bits", "3"), "`target_bits`"),  # without --learn_bits
+        (("--model_name_or_path", "no-such-folder"), "couldn't find them"),  # said by transformers, offline
+        (("--dataset_name", "no-such-folder"), "no-such-folder"),
+        (("--resume_from_checkpoint", "True"), "new/float"),  # of a run that never began
+    ],
+)
+def test_a_mistake_ends_in_its_message_at_once(name, options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message) as end:
+        main(name, "--output_dir", "new", *options)
+    assert isinstance(end.value.__cause__, CPQError | OSError)
     assert not (tmp_path / "new").exists()
 
 
-def test_distill_does_not_resume(tmp_path, monkeypatch):
-    arguments = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["distill.py", *arguments])
-    with pytest.raises(SystemExit, match="cannot resume"):
-        load("distill").main()
+@pytest.mark.parametrize("name", RECIPE_NAMES)
+def test_an_unknown_option(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(name, "--no_such_option", "1")
+    assert "unrecognized arguments: --no_such_option" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_distill_resumes_from_its_own_checkpoints_only(tmp_path):
+    with pytest.raises(SystemExit, match="elsewhere is no checkpoint in .*alone or .*distilled; give one, or True"):
+        main("distill", "--output_dir", str(tmp_path), "--resume_from_checkpoint", str(tmp_path / "elsewhere"))
 
 
 def test_too_little_text(tmp_path, text_folder, monkeypatch):
@@ -347,6 +486,6 @@ def test_too_little_text(tmp_path, text_folder, monkeypatch):
         load("causal_lm").main()
 
 
-@pytest.mark.parametrize("name", [*TRAINER_RECIPES, "accelerate_loop"])
+@pytest.mark.parametrize("name", RECIPE_NAMES)
 def test_recipes_are_short(name):
     assert len((RECIPES / f"{name}.py").read_text().splitlines()) < 200

@@ -66,6 +66,7 @@ assert torch.allclose(torch.from_numpy(output), expected, atol=1e-4 * float(expe
 """
 
 
+@pytest.mark.slow
 def test_trained_pushed_pulled_verified_exported_and_run_elsewhere(tmp_path):
     hub = Hub()
     try:

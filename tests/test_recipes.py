@@ -146,6 +146,7 @@ def test_quickstart(tmp_path):
     assert "Next: put your own model" in printed
 
 
+@pytest.mark.slow
 def test_step_time_benchmark(tmp_path):
     precision = ("--precisions", "bfloat16 autocast")
     printed = run("benchmarks/step_time.py", "--rounds", "2", "--models", "resnet", *precision, cwd=tmp_path)
@@ -155,6 +156,7 @@ def test_step_time_benchmark(tmp_path):
     assert float(rows["| CPQ"][4].strip(" |")) > 10  # MB
 
 
+@pytest.mark.slow
 def test_kernels_benchmark(tmp_path):
     settings = ("--millions", "0.1", "--bits", "2", "--granularities", "tensor", "channel", "group")
     printed = run("benchmarks/kernel_time.py", *settings, "--rounds", "2", cwd=tmp_path)
@@ -283,6 +285,7 @@ def test_small_language_models_quantize(architecture):
     assert model.train()(input_ids=ids, labels=ids).loss.isfinite()
 
 
+@pytest.mark.slow
 @pytest.mark.shows("distillation recipe, stopped and resumed: the same packed files", "accelerate launch")
 def test_distill_stopped_and_resumed(tmp_path):
     steps = ("--max_steps", "4", "--block_size", "64", "--save_strategy", "steps", "--save_steps", "2")

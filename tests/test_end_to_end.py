@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from hub_server import Hub
 
 HERE = Path(__file__).parent

@@ -2,6 +2,7 @@
 
     python recipes/benchmarks/step_time.py                               # small models, minutes on two cores
     python recipes/benchmarks/step_time.py --size large --device cuda    # ResNet-18, ViT-S, BERT-base, a Llama of 100M
+    python recipes/benchmarks/step_time.py --size large --models bert --texts 8 128 --precisions float32
 
 A step is forward, backward, AdamW and, for CPQ, its controller. Each round times one step of every method, in an order
 that rotates; printed are medians over the rounds and medians of the ratios within a round. Peak memory is that of a
@@ -83,8 +84,8 @@ def build(model: str, large: bool) -> nn.Module:
     )
 
 
-def batch_for(model: str, large: bool) -> dict[str, Tensor]:
-    size, length = (16, 512) if large else (8, 128)
+def batch_for(model: str, large: bool, texts: tuple[int, int] | None) -> dict[str, Tensor]:
+    size, length = texts or ((16, 512) if large else (8, 128))
     if model in ("resnet", "vit"):
         side = 224 if large else 64
         return {"pixel_values": torch.randn(size, 3, side, side), "labels": torch.randint(2, (size,))}
@@ -92,10 +93,13 @@ def batch_for(model: str, large: bool) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": torch.randint(2, (size,)) if model == "bert" else ids}
 
 
-def step_of(name: str, model: str, precision: str, large: bool, device: str) -> Callable[[], None]:
+def step_of(
+    name: str, model: str, precision: str, large: bool, device: str, texts: tuple[int, int] | None = None
+) -> Callable[[], None]:
     """A function that makes one training step."""
     torch.manual_seed(0)
-    net, batch = build(model, large).to(device), {k: v.to(device) for k, v in batch_for(model, large).items()}
+    net = build(model, large).to(device)
+    batch = {key: value.to(device) for key, value in batch_for(model, large, texts).items()}
     if precision == "bfloat16":
         net.bfloat16()
         batch = {key: value.bfloat16() if value.is_floating_point() else value for key, value in batch.items()}
@@ -143,6 +147,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=BITS, default=list(BITS))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--size", choices=["small", "large"], default="small")
+    parser.add_argument("--texts", nargs=2, type=int, metavar=("ROWS", "TOKENS"), help="else 8 128; 16 512 if large")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no_memory", action="store_true", help="leave peak memory out")
@@ -157,7 +162,7 @@ def main() -> None:
     weigh = not args.no_memory and (args.device != "cpu" or Path("/proc/self/clear_refs").exists())
     for model in args.models:
         for precision in args.precisions:
-            setting, steps = (model, precision, large, args.device), {}
+            setting, steps = (model, precision, large, args.device, args.texts), {}
             for name in available(model):
                 try:
                     steps[name] = step_of(name, *setting)

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import grid
+from . import fitting, grid
 from .errors import CPQError
 from .recompute import passed_on, remember
 from .sharding import assign_whole, whole
@@ -203,7 +203,7 @@ class WeightQuantizer(Quantizer):
             rows = rows.reshape(1, 1, -1)
         bits = self.max_bits if self.learning else self.bits
         offset = level_offset(bits, self.spec.centered)
-        alpha = grid.least_squares_alpha(rows, bits, True, offset) / self._coarser(bits)
+        alpha = fitting.least_squares_alpha(rows, bits, True, offset) / self._coarser(bits)
         self.log_alpha.copy_(alpha.log().reshape(self.log_alpha.shape))
 
     @torch.no_grad()
@@ -318,7 +318,7 @@ class ActivationQuantizer(Quantizer):
             return
         signed = bool((sample < 0).any())
         bits = self.max_bits if self.learning else self.bits
-        alpha = grid.least_squares_alpha(sample[None], bits, signed) / self._coarser(bits)
+        alpha = fitting.least_squares_alpha(sample[None], bits, signed) / self._coarser(bits)
         self.log_alpha.copy_(alpha.log().view(1))
         self.signed.fill_(float(signed))
         self._known_signed = signed

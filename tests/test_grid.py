@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 
-from cpq_hf import grid
+from cpq_hf import fitting, grid
 from cpq_hf.spec import level_bounds
 
 BITS = [2, 3, 4, 5, 6, 7, 8]
@@ -70,12 +70,12 @@ def test_centring_concerns_two_bits_only_and_fits_weights_better():
     x = torch.randn(1, 1, 50_000)
     noise = torch.tensor([0.2])
     for bits in BITS[1:]:
-        alpha = grid.least_squares_alpha(x, bits, True)
+        alpha = fitting.least_squares_alpha(x, bits, True)
         plain, centered = (grid.fake_quantize(x, alpha, noise, bits, True, 1.0, flag) for flag in (False, True))
         assert torch.equal(plain, centered)
     errors = []
     for flag, offset in ((False, 0.0), (True, 0.5)):
-        alpha = grid.least_squares_alpha(x, 2, True, offset)
+        alpha = fitting.least_squares_alpha(x, 2, True, offset)
         errors.append((grid.fake_quantize(x, alpha, noise, 2, True, 1.0, flag) - x).square().mean().item())
     assert errors[1] < 0.85 * errors[0]
     assert errors[1] == pytest.approx(0.1188, rel=0.03)  # Max 1960: the best uniform quantizer of 4 levels
@@ -268,7 +268,7 @@ def test_least_squares_alpha_is_near_the_best(bits, signed, shape):
     def error(alpha):
         return (x - (x / alpha).round().clamp(lo, hi) * alpha).square().sum(-1, keepdim=True)
 
-    alpha = grid.least_squares_alpha(x, bits, signed)
+    alpha = fitting.least_squares_alpha(x, bits, signed)
     largest = x.abs().amax(-1, keepdim=True) / max(hi, -lo)
     dense = torch.stack([error(largest * ratio) for ratio in torch.linspace(0.005, 2.2, 4000).tolist()]).amin(0)
     # within a tenth of the best; few values at many bits can be fitted almost exactly by luck, which is not asked for
@@ -278,12 +278,12 @@ def test_least_squares_alpha_is_near_the_best(bits, signed, shape):
 
 def test_least_squares_alpha_of_constant_and_zero_rows():
     x = torch.tensor([[0.3, 0.3, 0.3], [0.0, 0.0, 0.0], [-0.6, 0.6, 0.0]])
-    alpha = grid.least_squares_alpha(x, 4, signed=True)
+    alpha = fitting.least_squares_alpha(x, 4, signed=True)
     assert (alpha > 0).all()
     on_grid = grid.nearest_levels(x, alpha, 4, signed=True) * alpha
     assert torch.allclose(on_grid, x, atol=1e-6)
     assert alpha[1] == (alpha[0] + alpha[2]) / 2
-    assert grid.least_squares_alpha(torch.zeros(2, 5), 4, signed=True).tolist() == [[1.0], [1.0]]
+    assert fitting.least_squares_alpha(torch.zeros(2, 5), 4, signed=True).tolist() == [[1.0], [1.0]]
 
 
 def test_representable_values_survive_exactly():

@@ -10,7 +10,7 @@ import cpq_hf
 PACKAGE = Path(cpq_hf.__file__).parent
 RANKS = [
     {"errors", "spec", "packing", "schedule", "kernels", "sharding", "version"},
-    {"grid", "plan", "recompute"},
+    {"fitting", "grid", "plan", "recompute"},
     {"quantizer"},
     {"nn"},
     {"selection", "surgery", "summary"},

@@ -9,7 +9,7 @@ import zlib
 import pytest
 import torch
 
-from cpq_hf import grid
+from cpq_hf import fitting, grid
 from cpq_hf.kernels import cpu, crc
 from cpq_hf.kernels.layout import Layout
 from cpq_hf.spec import level_bounds
@@ -239,7 +239,7 @@ def test_step_sizes_are_tried_as_by_torch(bits):
     x, tries = torch.randn(5, 3000), torch.rand(5, 7) + 0.05
     found = cpu.try_steps(x, tries, bits, True, 0.5)
     assert found is not None
-    for got, want in zip(found, grid._try_steps(x.double(), tries.double(), bits, True, 0.5), strict=True):
+    for got, want in zip(found, fitting._try_steps(x.double(), tries.double(), bits, True, 0.5), strict=True):
         assert torch.allclose(got, want, rtol=1e-5)
 
 

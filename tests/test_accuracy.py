@@ -88,7 +88,7 @@ def test_the_report(accuracy, tmp_path, monkeypatch, capsys):
 
     results = accuracy.Results(tmp_path / "accuracy.jsonl")
     monkeypatch.setattr(accuracy, "RATES", dict.fromkeys(accuracy.TASKS, (1e-3,)))
-    monkeypatch.setattr(accuracy, "TUNING_SEEDS", 1)
+    monkeypatch.setitem(accuracy.TUNING_SEEDS, "resnet", 1)
     task = accuracy.TASKS["resnet"]
     for seed in range(2):
         results.add(accuracy.run(accuracy.float_settings(task, seed), str(tmp_path / "float")))

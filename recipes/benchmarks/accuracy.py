@@ -44,13 +44,13 @@ import cpq_hf
 RATES = {
     "resnet": (6e-3, 18e-3, 54e-3),
     "vit": (2e-3, 6e-3, 18e-3),
-    "bert": (4e-4, 1.3e-3, 4e-3),
+    "bert": (1.3e-4, 4e-4, 1.3e-3),
     "llama": (4e-4, 1.3e-3, 4e-3),
     "mobilenet": (2e-3, 6e-3, 2e-2),
     "bert-large": (5e-5, 1.5e-4, 4.5e-4),
     "llama-large": (1e-4, 3e-4, 9e-4),
 }
-TUNING_SEEDS = 2
+TUNING_SEEDS = {"bert": 5}  # where two, as elsewhere, tell rates hardly apart
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ def tuning_settings(results: Results, task: Task, name: str, lr: float) -> list[
     """Rates are tuned at the narrowest width that the method has."""
     name = VARIANTS[name].rate_of or name
     bits = min((b for b in task.widths if covers(VARIANTS[name].method, task.name, b)), key=lambda bits: bits[0])
-    found = [settings_of(task, name, bits, lr, seed, results) for seed in range(TUNING_SEEDS)]
+    found = [settings_of(task, name, bits, lr, seed, results) for seed in range(TUNING_SEEDS.get(task.name, 2))]
     return [settings for settings in found if settings]
 
 

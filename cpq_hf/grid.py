@@ -111,8 +111,8 @@ def fake_quantize_dropped(
         min_bits (`int`): Bits that are never dropped.
     """
     # kernels that draw do not know the gradient of the noise
-    recomputed = not noise.requires_grad and keep.dtype == torch.float32 and _backend(x).draws(x, alpha)
-    drawn = _draw_words(1, x.device) if recomputed else draw_last_levels(x, keep, signed, min_bits)
+    seeded = not noise.requires_grad and keep.dtype == torch.float32 and _backend(x).draws(x, alpha)
+    drawn = _draw_words(1, x.device) if seeded else draw_last_levels(x, keep, signed, min_bits)
     return _Grid.apply(x, alpha, noise, keep, drawn, bits, signed, alpha_gradient_scale, centered)
 
 

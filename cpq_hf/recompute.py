@@ -119,4 +119,4 @@ def _read(tensor: Tensor) -> Recipe | None:
 
 
 def _write(tensor: Tensor, recipe: Recipe) -> None:
-    tensor._cpq_recipe = recipe  # type: ignore[attr-defined]
+    tensor._cpq_recipe = recipe  # type: ignore[attr-defined]  # tensors take attributes, their type does not say so

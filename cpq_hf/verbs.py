@@ -71,7 +71,8 @@ def _copy_companions(model: str, revision: str | None, target: Path) -> list[str
     for file in files:
         copy = target / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, copy)
+        shutil.copyfile(file, part := copy.with_name(f".{copy.name}.part"))
+        part.replace(copy)  # whole or not there
     return [file.relative_to(source).as_posix() for file in files]
 
 

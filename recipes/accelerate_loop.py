@@ -101,7 +101,8 @@ def accuracy(accelerator: Accelerator, folder: Path, loader: DataLoader) -> floa
 
 def train(accelerator: Accelerator, args: Arguments, model, loader: DataLoader, epochs: int, folder: Path) -> None:
     """Train a model, in float or on the grid, on batches of a prepared loader, and save it."""
-    steps_in_epoch, quantized = math.ceil(len(loader) / args.gradient_accumulation_steps), folder.name == "trained"
+    steps_in_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
+    quantized = hasattr(model.config, "quantization_config")
     steps, step = min(epochs * steps_in_epoch, args.max_steps or math.inf), 0
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0)  # CPQ: steps must not decay
     scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)

@@ -90,6 +90,12 @@ class CPQCallback(TrainerCallback, ExportableState):
         self._counts_by_hand = bool(args.deepspeed)
         if self._counts_by_hand:
             self.controller.detach()
+        if state.global_step >= state.max_steps and (state.epoch or 0) % 1:
+            logger.warning(
+                "the checkpoint is of the last step, %d, within an epoch: Trainer makes one step more before it looks "
+                "at `max_steps`. Load the model from the checkpoint instead of resuming",
+                state.global_step,
+            )
         if state.global_step > 0:  # resumed; without a saved state (another callback's run), steps are all we know
             callbacks: Any = state.stateful_callbacks or {}
             saved = callbacks.get(type(self).__name__, {}).get("attributes", {}).get("controller_state")

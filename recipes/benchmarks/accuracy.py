@@ -5,9 +5,9 @@
     python recipes/benchmarks/report.py                                    # tables and plots from what is there
 
 Every run is a line in `--results`, found again by its settings, so a second call only runs what is missing. For each
-task and method the learning rate is the one of `RATES` with the best validation metric over the first two seeds at the
-narrowest width; test metrics are reported. Methods start from the same weights, see the same batches in the same order
-and take the same number of steps. The other packages come with `pip install .[peers]`.
+task and method the learning rate is the one of `RATES` with the best validation metric over the first two seeds (BERT:
+five) at the narrowest width; test metrics are reported. Methods start from the same weights, see the same batches in
+the same order and take the same number of steps. The other packages come with `pip install .[peers]`.
 
 Settings say nothing of the code: after a change to tasks.py or to what CPQ does, start with empty `--results` and
 `--float-models`.

@@ -2,9 +2,10 @@
 
     python recipes/benchmarks/growth.py --plot docs/growth.png
 
-A small Llama (width 256, 4 layers, 8 x 128 tokens, W4A8) of which one thing changes at a time. A step is forward and
-backward over all batches that are accumulated, AdamW and the controller. Also timed: how much of it is the forward
-pass of the weights' quantizers, all that quantizing once per optimizer step (not once a batch) could save.
+The small Llama of step_time.py (width 256, 4 layers, 8 x 128 tokens) at W4A8, of which one thing changes at a time. A
+step is forward and backward over all batches that are accumulated, AdamW and the controller. Also timed: how much of
+it is the forward pass of the weights' quantizers, the most that quantizing once per optimizer step, not once a batch,
+could save.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
+from step_time import build
 from timing import Times, paired, ratio
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from cpq_hf import CPQConfig, CPQController, calibrate_model, prepare_model
 from cpq_hf.kernels import cpu
@@ -32,14 +32,9 @@ USUAL = {"layers": 4, "bits": 4, "batch": 8, "accumulation": 1}
 GROWTH = {"layers": [1, 2, 4, 8], "bits": [2, 3, 4, 6, 8], "batch": [1, 2, 4, 8, 16], "accumulation": [1, 2, 4, 8]}
 
 
-def llama(layers: int) -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4, "vocab_size": 8192}
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, bos_token_id=0, eos_token_id=0, **sizes))
-
-
 def step_of(quantized: bool, layers: int, bits: int, batch: int, accumulation: int, device: str) -> Callable[[], None]:
-    model = llama(layers).to(device).train()
+    torch.manual_seed(0)
+    model = build("llama", large=False, depth=layers).to(device).train()
     ids = torch.randint(8192, (batch, 128), device=device)
     if quantized:
         model = prepare_model(model, CPQConfig(weight_bits=bits, activation_bits=8))
@@ -59,7 +54,7 @@ def step_of(quantized: bool, layers: int, bits: int, batch: int, accumulation: i
 
 def weights_of(layers: int, bits: int, device: str) -> Callable[[], None]:
     """The forward pass of all quantizers of weights."""
-    model = prepare_model(llama(layers).to(device), CPQConfig(weight_bits=bits)).train()
+    model = prepare_model(build("llama", large=False, depth=layers).to(device), CPQConfig(weight_bits=bits)).train()
     pairs = [
         (module.weight_quantizer, module.weight)
         for module in model.modules()

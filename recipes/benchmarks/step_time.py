@@ -61,7 +61,8 @@ PRECISIONS = ("float32", "bfloat16 autocast", "bfloat16")
 BITS = {"resnet": (4, 4), "vit": (4, 4), "bert": (4, 8), "llama": (4, 8)}
 
 
-def build(model: str, large: bool) -> nn.Module:
+def build(model: str, large: bool, depth: int = 4) -> nn.Module:
+    """`depth` is the number of layers of a small transformer."""
     if model == "resnet":
         sizes = {} if large else {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128]}
         depths = [2, 2, 2, 2] if large else [1, 1, 1, 1]
@@ -69,7 +70,7 @@ def build(model: str, large: bool) -> nn.Module:
         return ResNetForImageClassification(ResNetConfig(depths=depths, layer_type="basic", **sizes))
     width, layers, heads = {"vit": (384, 12, 6), "bert": (768, 12, 12), "llama": (768, 12, 12)}[model]
     if not large:
-        width, layers, heads = 256, 4, 4
+        width, layers, heads = 256, depth, 4
     sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     if model == "vit":
         return ViTForImageClassification(

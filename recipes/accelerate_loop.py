@@ -159,9 +159,8 @@ def main() -> None:
         shape.id2label, shape.label2id = dict(enumerate(names.values())), {n: i for i, n in enumerate(names.values())}
     options = {"config": shape, "dtype": torch.float32, "ignore_mismatched_sizes": True}
     model = AutoModel.from_pretrained(source, **options) if source else AutoModel.from_config(shape)
-    processor = SmallProcessor(size={"height": 32, "width": 32})
-    if args.model_name_or_path is not None:
-        processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, backend="pil")
+    path, size = args.model_name_or_path, {"height": 32, "width": 32}
+    processor = AutoImageProcessor.from_pretrained(path, backend="pil") if path else SmallProcessor(size=size)
 
     def to_inputs(batch):  # augmentation would go here
         images = [image.convert("RGB") for image in batch[args.image_column]]

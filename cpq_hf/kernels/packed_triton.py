@@ -63,7 +63,7 @@ def _level(words, first: tl.constexpr, place: tl.constexpr, BITS: tl.constexpr, 
     else:
         number = (((words[n] >> at) | (words[n + 1] << (32 - at))) & mask) | 0x4B000000
     number = (number & (0x7F800000 | (mask << p))).to(tl.float32, bitcast=True)
-    if p == 0:  # 2^23 + 1.5 is no float32
+    if p == 0 and ZERO % 1 != 0:  # 2^23 + 1.5 is no float32
         return number - 8388608.0 - ZERO
     return number * 0.5**p - (8388608.0 * 0.5**p + ZERO)
 
@@ -91,9 +91,11 @@ def multiply(
                     asked = asked + (loaded.to(tl.uint32, bitcast=True),)
         for u in tl.static_range(U):
             block = start + u * C + tl.arange(0, C)
-            part = ()
-            for _ in tl.static_range(B * R):
-                part = part + (tl.zeros((C,), tl.float32),)
+            part = total
+            if GROUP > 0:
+                part = ()
+                for _ in tl.static_range(B * R):
+                    part = part + (tl.zeros((C,), tl.float32),)
             for piece in tl.static_range(V // P):
                 levels = ()
                 for r in tl.static_range(R):
@@ -112,17 +114,14 @@ def multiply(
                             sum += planes[v] * levels[r * P + v]
                         added = added + (sum,)
                 part = added
-            scales = ()
-            for r in tl.static_range(R):
-                if GROUP > 0:
-                    row = scale + tl.minimum(first_row + r, rows - 1) * tl.cdiv(blocks, GROUP)
-                    scales = scales + (tl.load(row + tl.minimum(block, blocks - 1) // GROUP),)
-            summed = ()
-            for b in tl.static_range(B):
-                for r in tl.static_range(R):
-                    scaled = part[b * R + r] * scales[r] if GROUP > 0 else part[b * R + r]
-                    summed = summed + (total[b * R + r] + scaled,)
-            total = summed
+            if GROUP > 0:
+                scaled = ()
+                for i in tl.static_range(B * R):
+                    row = scale + tl.minimum(first_row + i % R, rows - 1) * tl.cdiv(blocks, GROUP)
+                    steps = tl.load(row + tl.minimum(block, blocks - 1) // GROUP)
+                    scaled = scaled + (total[i] + part[i] * steps,)
+                part = scaled
+            total = part
     for level in tl.static_range(5):
         if (B * R) >> (level + 1) > 0:
             total = _joined(total, (B * R) >> (level + 1))

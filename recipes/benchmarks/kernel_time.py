@@ -36,7 +36,9 @@ GRANULARITIES = {"tensor": lambda rows: (1, 1, 1), "channel": lambda rows: (rows
                  "group": lambda rows: (rows, COLUMNS // 128, 1)}  # fmt: skip
 
 
-def quantizers(millions: float, bits: int, granularity: str, device: str, compiled: bool, dropbits: bool):
+def quantizers(
+    millions: float, bits: int, granularity: str, device: str, compiled: bool, dropbits: bool, textbook_too: bool
+) -> dict[str, Callable[[], object]]:
     """`{name: function that quantizes one weight and takes its gradient}`."""
     torch.manual_seed(0)
     rows = round(millions * 2**20 / COLUMNS)
@@ -86,6 +88,8 @@ def quantizers(millions: float, bits: int, granularity: str, device: str, compil
     if dropbits and bits > 2:
         keep = torch.full((bits - 2,), 0.9, device=device).cumprod(0)
         steps["CPQ, DropBits 0.1"] = step(lambda x: fake_quantize_dropped(x, alpha, noise, keep, bits, True, 2))
+    if textbook_too:
+        steps["textbook"] = step(lambda x: textbook(x, alpha, noise, bits))
     return steps
 
 
@@ -111,7 +115,7 @@ def brevitas_quantizer(weight: Tensor, bits: int, per_tensor: bool) -> Callable[
 
 def textbook(x: Tensor, alpha: Tensor, noise: Tensor, bits: int) -> Tensor:
     """The method with a grid dimension and autograd: what the closed form replaces."""
-    levels = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
+    levels = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), device=x.device)
     v = (x / alpha)[..., None]
     above, below = torch.sigmoid((levels + 0.5 - v) / noise), torch.sigmoid((levels - 0.5 - v) / noise)
     above, below = above.clone(), below.clone()
@@ -144,6 +148,7 @@ def main() -> None:
     parser.add_argument("--granularities", nargs="+", choices=GRANULARITIES, default=["channel"])
     parser.add_argument("--compiled", action="store_true", help="LSQ by torch.compile, too")
     parser.add_argument("--dropbits", action="store_true", help="CPQ with DropBits, too")
+    parser.add_argument("--textbook", action="store_true", help="the method with a grid dimension, too: slow")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -156,7 +161,9 @@ def main() -> None:
     for millions in args.millions:
         for granularity in args.granularities:
             for bits in args.bits:
-                steps = quantizers(millions, bits, granularity, args.device, args.compiled, args.dropbits)
+                steps = quantizers(
+                    millions, bits, granularity, args.device, args.compiled, args.dropbits, args.textbook
+                )
                 times = paired(steps, args.rounds)
                 for name, values in times.items():
                     of_lsq = f"{ratio(times, name, 'LSQ'):.2f}" if "LSQ" in times else "-"

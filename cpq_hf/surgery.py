@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .errors import CPQError
 from .nn import (
@@ -58,6 +59,11 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
     """`(name, quantizer)` of every quantizer, of weights and of activations."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Quantizer))
+
+
+def transformers_models(model: nn.Module) -> Iterator[PreTrainedModel]:
+    """The model and those inside of it that are of transformers, each with a config."""
+    return (module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 def quantizer_parameter_names(model: nn.Module) -> set[str]:

@@ -316,6 +316,15 @@ def test_prepare_model_equals_from_pretrained(tmp_path):
     assert config.layers is None  # the user's object is left as it was
 
 
+def test_a_model_in_hand_knows_that_it_is_quantized(tmp_path):
+    """FalconMamba and Jamba compute otherwise in the last digits where their config says so, as once loaded."""
+    in_hand = prepare_model(build("clip"), CPQConfig())
+    in_hand.save_pretrained(tmp_path)
+    for model in (in_hand, reload(auto_class("clip"), tmp_path)):
+        assert model.config._is_quantized
+        assert model.vision_model.config._is_quantized
+
+
 def test_embeddings_when_asked_for(tmp_path):
     build("llama").save_pretrained(tmp_path / "float")
     cls, batch = auto_class("llama"), inputs("llama")

@@ -300,3 +300,8 @@ def test_one_graph_under_compile(name):
 def test_float_layers_are_not_taken_for_subclasses():
     model = prepare_model(nn.Sequential(Conv1D(8, 4), nn.Linear(8, 2)), CPQConfig())
     assert not model[0]._forward_pre_hooks
+
+
+def test_a_model_without_any_layer_is_refused():
+    with pytest.raises(CPQError, match=r"LSTM has no layer of a type that can be quantized \(Linear, "):
+        prepare_model(nn.LSTM(4, 4), CPQConfig())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -164,6 +164,8 @@ class CPQController:
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         # The forward and backward passes of this step are done, so what is set now holds for the next one.
         self.step += 1
+        if self.step == 1:
+            _warn_of_weights_taken(self._layers)
         self._take_costs()
         for learner in self._learners.values():
             learner.step(getattr(optimizer, "grad_scale", None))  # a fused optimizer unscales by itself, later
@@ -272,3 +274,16 @@ class CPQController:
 def _holds(layer: TrainingLayer) -> bool:
     """Whether a layer holds its weight; one that is tied to another's does not."""
     return layer.tied_to is None
+
+
+def _warn_of_weights_taken(layers: Mapping[str, TrainingLayer]) -> None:
+    """After a backward pass: warn of weights that have a gradient which did not come through their quantizer."""
+    steps = {name: layer.weight_quantizer.log_alpha for name, layer in layers.items()}
+    taken = [n for n, layer in layers.items() if layer.weight.grad is not None and steps[n].requires_grad]
+    taken = [name for name in taken if steps[name].grad is None]
+    if taken:
+        logger.warning(
+            "the model computes with the weight of %d layers without calling them, so these train in floating point, "
+            "and change when they are packed: %s. Leave them out with `modules_to_not_convert`",
+            len(taken), ", ".join(f"`{name}`" for name in taken),
+        )  # fmt: skip

@@ -49,6 +49,7 @@ Shapes: `x` is anything, `alpha` broadcasts against it (`[out, groups, 1]` again
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -130,22 +131,29 @@ def quantize_again(node: Any) -> Tensor:
 def draw_last_levels(x: Tensor, keep: Tensor, signed: bool, min_bits: int) -> Tensor:
     """Draw a bit-width `k = min_bits + #{j : u < P_j}` for every element, `u` uniform; its last level `hi_k`.
 
-    `u` has 16 bits, four to a 64-bit draw: the CPU generator works serially, so the fewer draws the better.
+    `u` has 16 bits. The CPU's kernel takes them from a counter-based generator, whose key is one 64-bit draw; torch
+    operations take four from each draw, since torch's generator on the CPU works serially.
 
     Returns:
         `Tensor`: uint8, shape of `x`.
     """
-    u = _draw_words(-(-x.numel() // 4), x.device).view(torch.int16)[: x.numel()]  # uniform on -2^15 .. 2^15-1
-    thresholds = (keep.detach() * 2**16 - 2**15 - 1).round().clamp(-(2**15), 2**15 - 1).to(torch.int16)
-    hi = level_bounds(min_bits, signed)[1]
-    last_levels = torch.full_like(u, hi, dtype=torch.uint8)
-    for j, threshold in enumerate(thresholds.unbind(), start=min_bits + 1):
-        above = level_bounds(j, signed)[1]
-        last_levels.add_(u <= threshold, alpha=above - hi)
-        hi = above
+    levels = [level_bounds(width, signed)[1] for width in range(min_bits, min_bits + keep.numel() + 1)]
+    if x.device.type == "cpu" and cpu.is_ready():
+        drawn = cpu.draw_last_levels(int(_draw_words(1, x.device)), keep, levels, x.numel())
+    else:
+        drawn = _draw_by_torch(x, keep, levels)
     reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
     # in the order of the memory of `x` where that has no holes (a transposed weight), which the kernels ask for
-    return last_levels.as_strided(x.shape, x.stride()) if reach == x.numel() else last_levels.view(x.shape)
+    return drawn.as_strided(x.shape, x.stride()) if reach == x.numel() else drawn.view(x.shape)
+
+
+def _draw_by_torch(x: Tensor, keep: Tensor, levels: list[int]) -> Tensor:
+    u = _draw_words(-(-x.numel() // 4), x.device).view(torch.int16)[: x.numel()]  # uniform on -2^15 .. 2^15-1
+    thresholds = (keep.detach() * 2**16 - 2**15 - 1).round().clamp(-(2**15), 2**15 - 1).to(torch.int16)
+    drawn = torch.full_like(u, levels[0], dtype=torch.uint8)
+    for threshold, (below, above) in zip(thresholds.unbind(), pairwise(levels), strict=True):
+        drawn.add_(u <= threshold, alpha=above - below)
+    return drawn
 
 
 def _draw_words(count: int, device: torch.device) -> Tensor:

@@ -258,6 +258,8 @@ class ActivationQuantizer(Quantizer):
             return x
         if not self.calibrated:
             if not self.training:
+                if not bool(x.any()):  # zeros are on every grid
+                    return x
                 warnings.warn(
                     "activation quantizers are not calibrated yet, activations pass in full precision: run a training "
                     "step or `cpq_hf.calibrate_model(model, batches)` first",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,9 +19,13 @@ from .nn import (
     check_experts,
     expert_weights,
     is_transposed,
+    kind_of,
+    weights_taken,
 )
 from .plan import QuantizationPlan, check_patterns, matches
 from .spec import LayerSpec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Candidate:
     module: Any
     kind: Kind
     attribute: str = "weight"
+    called: bool = True  # else its weight is taken by another module, which gives it no input
 
     @property
     def weight(self) -> Tensor:
@@ -43,17 +49,30 @@ class Candidate:
     def spec(self, plan: QuantizationPlan, name: str) -> LayerSpec:
         """How the plan quantizes it under this name."""
         stacked = self.kind is EXPERTS
-        return plan.layer_spec(name, self.weight.shape, self.transposed, self.kind.has_float_input, stacked)
+        has_input = self.kind.has_float_input and self.called
+        return plan.layer_spec(name, self.weight.shape, self.transposed, has_input, stacked)
+
+
+def join(name: str, path: str) -> str:
+    """Dotted name of what is at `path` inside of the module `name`."""
+    return f"{name}.{path}".strip(".")
 
 
 def candidates(model: nn.Module) -> dict[str, Candidate]:
     """Every weight of a float model that can be quantized, by the dotted name of its layer (of experts: its own)."""
     found = {}
+    not_called = {
+        join(name, path)
+        for name, module in model.named_modules()
+        for path, called in weights_taken(module).items()
+        if not called
+    }
     for name, module in model.named_modules():
-        if type(module) in LAYERS and name:
-            found[name] = Candidate(module, LAYERS[type(module)])
+        kind = kind_of(module) if name else None
+        if kind is not None:
+            found[name] = Candidate(module, kind, called=name not in not_called)
         for attribute in expert_weights(module):
-            found[f"{name}.{attribute}".removeprefix(".")] = Candidate(module, EXPERTS, attribute)
+            found[join(name, attribute)] = Candidate(module, EXPERTS, attribute)
     return found
 
 
@@ -96,13 +115,38 @@ def select(model: nn.Module, plan: QuantizationPlan) -> dict[str, LayerSpec]:
         if name not in tied and _is_wanted(name, candidate, plan, heads):
             selected[name] = _spec(name, candidate, plan)
     _check_target(selected, plan)
+    types = ", ".join(kind.__name__ for kind in LAYERS)
+    if not known:
+        raise CPQError(
+            f"{type(model).__name__} has no layer of a type that can be quantized ({types}, fused experts); "
+            "layers whose weight is computed (weight norm) and recurrent ones cannot be"
+        )
     if not selected:
         raise CPQError(
             f"nothing would be quantized: of {len(known)} layers of a type that can be ("
-            f"{', '.join(kind.__name__ for kind in LAYERS)}, fused experts), all are left out as output head, tied "
+            f"{types}, fused experts), all are left out as output head, tied "
             "weight, embedding or by `modules_to_not_convert`"
         )
+    _warn_of_uncovered(model, found, selected)
     return selected
+
+
+def _warn_of_uncovered(model: nn.Module, found: Mapping[str, Candidate], selected: Mapping[str, LayerSpec]) -> None:
+    """Say so where most of what multiplies is of types that are not covered, as are experts of a form of their own."""
+    covered = {id(candidate.weight) for candidate in found.values()}
+    others: dict[str, int] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() >= 2 and id(parameter) not in covered and not isinstance(module, nn.Embedding):
+                others[name] = others.get(name, 0) + parameter.numel()
+    quantized = sum(spec.weight.numel for spec in selected.values() if spec.tied_to is None)
+    if sum(others.values()) > quantized:
+        largest = sorted(others, key=lambda name: -others[name])[:3]
+        logger.warning(
+            "%s of the weights are in layers of types that are not covered, and stay in float: %s (%d in all)",
+            f"{sum(others.values()) / (sum(others.values()) + quantized):.0%}",
+            ", ".join(f"`{name}` ({type(model.get_submodule(name)).__name__})" for name in largest), len(others),
+        )  # fmt: skip
 
 
 def _is_wanted(name: str, candidate: Candidate, plan: QuantizationPlan, heads: set[str]) -> bool:

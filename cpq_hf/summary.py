@@ -174,7 +174,9 @@ class Summary:
         except ImportError as error:
             raise CPQError("plotting needs matplotlib: pip install matplotlib") from error
         count = len(self.layers)
-        figure = Figure(figsize=(max(6.0, min(40.0, 0.28 * count + 2)), 4.5), layout="constrained")
+        longest = max(len(layer.name) for layer in self.layers)
+        size = (max(6.0, min(40.0, 0.28 * count + 2)), max(4.5, 2.5 + 0.06 * longest))  # inches; 0.06 for a letter
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         axes.bar(range(count), [layer.spec.weight.bits for layer in self.layers], color="#3465a4")
         axes.axhline(self.mean_bits, color="#cc0000", linewidth=1)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .errors import CPQError
 from .nn import (
-    KINDS,
-    LAYERS,
     SUFFIX,
     ExpertWeight,
     PackedExpertWeight,
     PackedLayer,
     TrainingLayer,
     empty_tensors,
+    float_class_of,
+    hide_weights,
+    quantized_class,
+    row_of,
+    show_weights,
     to_float,
     to_float_experts,
     to_packed,
@@ -25,13 +30,15 @@ from .nn import (
     to_training,
     to_training_experts,
     trained_tensors,
+    weights_taken,
 )
 from .plan import QuantizationPlan
 from .quantizer import ActivationQuantizer, Quantizer
-from .selection import Candidate, candidates, select
+from .selection import Candidate, candidates, join, select
 from .sharding import is_sharded, local
 from .spec import LayerSpec
 
+logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -52,6 +59,11 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
     """`(name, quantizer)` of every quantizer, of weights and of activations."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Quantizer))
+
+
+def transformers_models(model: nn.Module) -> Iterator[PreTrainedModel]:
+    """The model and those inside of it that are of transformers, each with a config."""
+    return (module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 def quantizer_parameter_names(model: nn.Module) -> set[str]:
@@ -107,10 +119,21 @@ def convert_to_training(model: Any, layers: Mapping[str, LayerSpec], plan: Quant
             to_training_experts(module, attribute, spec, plan.min_bits, name)
         else:
             holder = None if spec.tied_to is None else found[spec.tied_to].module
-            to_training(module, kind.training, spec, plan.min_bits, name, holder)
+            training_class = quantized_class(type(module), kind.training)
+            to_training(module, training_class, spec, plan.min_bits, name, holder)
+    _show_weights_taken(model, layers)
     model.cpq_plan = plan
     model.register_load_state_dict_pre_hook(_check_state)
     reset_schedule(model, plan)
+
+
+def _show_weights_taken(model: nn.Module, layers: Mapping[str, LayerSpec]) -> None:
+    """Let modules that take weights of these layers find them on the grid."""
+    for name, module in model.named_modules():
+        hide_weights(module)
+        taken = [path for path in weights_taken(module) if join(name, path) in layers]
+        if taken:
+            show_weights(module, taken)
 
 
 _STEPS = "quantizer.log_alpha"
@@ -297,7 +320,7 @@ def pack(model: nn.Module) -> dict[str, LayerSpec]:
             )
         if layer.input_quantizer is not None:
             check_finite(f"{name}.input_quantizer", layer.input_quantizer.log_alpha)
-            layer.input_quantizer.resolved_spec()
+    _check_inputs_were_seen(layers)
     final = {name: trained_tensors(layer) for name, layer in layers.items()}
     for name, layer in layers.items():
         spec, tensors = final[name]
@@ -305,10 +328,26 @@ def pack(model: nn.Module) -> dict[str, LayerSpec]:
             to_packed_experts(layer.owner, layer.attribute, spec, tensors)
         else:
             holder = None if spec.tied_to is None else layers[spec.tied_to]
-            to_packed(layer, KINDS[type(layer)].packed, spec, tensors, holder)
+            packed_class = quantized_class(float_class_of(layer), row_of(layer).packed)
+            to_packed(layer, packed_class, spec, tensors, holder)
     model.eval()
     del prepared.cpq_plan
-    return {name: layer.layer_spec() for name, layer in packed_layers(model)}
+    packed = {name: layer.layer_spec() for name, layer in packed_layers(model)}
+    _show_weights_taken(model, packed)
+    return packed
+
+
+def _check_inputs_were_seen(layers: Mapping[str, TrainingLayer]) -> None:
+    """Raise if no range of an activation is known; where it is of some layers, the others were never reached."""
+    inputs = {name: layer.input_quantizer for name, layer in layers.items() if layer.input_quantizer is not None}
+    unseen = [name for name, quantizer in inputs.items() if not quantizer.calibrated]
+    if unseen and len(unseen) == len(inputs):
+        inputs[unseen[0]].resolved_spec()
+    if unseen:
+        logger.warning(
+            "%d of %d layers got no input other than zeros in training or calibration, so their inputs stay in "
+            "floating point: %s", len(unseen), len(inputs), ", ".join(unseen),
+        )  # fmt: skip
 
 
 def convert_to_packed(model: nn.Module, layers: Mapping[str, LayerSpec]) -> None:
@@ -320,7 +359,9 @@ def convert_to_packed(model: nn.Module, layers: Mapping[str, LayerSpec]) -> None
         if kind.packed is PackedExpertWeight:
             to_packed_experts(module, attribute, spec, tensors)
         else:
-            to_packed(module, kind.packed, spec, tensors, None if spec.tied_to is None else found[spec.tied_to].module)
+            holder = None if spec.tied_to is None else found[spec.tied_to].module
+            to_packed(module, quantized_class(type(module), kind.packed), spec, tensors, holder)
+    _show_weights_taken(model, layers)
 
 
 @torch.no_grad()
@@ -336,17 +377,17 @@ def dequantize(model: nn.Module) -> bool:
     ties = {name: layer.layer_spec().tied_to or name for name, layer in layers.items()}
     weights = {name: nn.Parameter(layers[name].quantized_weight()) for name in set(ties.values())}
     owners = {child: module for module in model.modules() for child in module._modules.values()}
-    float_classes = {c: base for base, kind in LAYERS.items() for c in (kind.training, kind.packed)}
     for name, layer in layers.items():
-        if type(layer) in float_classes:
-            to_float(layer, float_classes[type(layer)], weights[ties[name]])
-        else:
+        if isinstance(layer, (ExpertWeight, PackedExpertWeight)):
             to_float_experts(owners[layer], name.rpartition(".")[2], weights[name])
+        else:
+            to_float(layer, float_class_of(layer), weights[ties[name]])
     for module in model.modules():
+        hide_weights(module)
         vars(module).pop("cpq_plan", None)
     return lost
 
 
 def layer_kind(layer: nn.Module) -> str:
     """Name of a layer's row in the table of layers."""
-    return next(KINDS[cls].name for cls in type(layer).__mro__ if cls in KINDS)  # FSDP2 makes a subclass of it
+    return row_of(layer).name

@@ -18,9 +18,12 @@ from transformers import (
     BertConfig,
     CLIPConfig,
     ConvNextConfig,
+    FalconConfig,
+    Gemma3TextConfig,
     GPT2Config,
     GptOssConfig,
     LlamaConfig,
+    MambaConfig,
     MixtralConfig,
     MobileNetV2Config,
     PreTrainedModel,
@@ -29,6 +32,7 @@ from transformers import (
     T5Config,
     ViTConfig,
     Wav2Vec2Config,
+    WavLMConfig,
     WhisperConfig,
 )
 
@@ -145,21 +149,47 @@ CONFIGS: dict[str, tuple[type, Callable[[], Any]]] = {
             projection_dim=16,
         ),
     ),
-    "wav2vec2": (
-        AutoModelForAudioClassification,
-        lambda: Wav2Vec2Config(
+    "wav2vec2": (AutoModelForAudioClassification, lambda: _audio(Wav2Vec2Config)),
+    "wavlm": (AutoModelForAudioClassification, lambda: _audio(WavLMConfig)),  # takes the weights of attention
+    "falcon": (  # its linear layers are a subclass that takes its own weight
+        AutoModelForCausalLM,
+        lambda: FalconConfig(
+            vocab_size=VOCABULARY,
             hidden_size=32,
             num_hidden_layers=2,
-            num_attention_heads=2,
+            num_attention_heads=4,
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
+    ),
+    "gemma3": (  # its embedding is a subclass
+        AutoModelForCausalLM,
+        lambda: Gemma3TextConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
             intermediate_size=48,
-            conv_dim=(8, 8),
-            conv_stride=(5, 2),
-            conv_kernel=(10, 3),
-            num_conv_pos_embeddings=8,
-            num_conv_pos_embedding_groups=2,
-            classifier_proj_size=16,
-            num_labels=CLASSES,
-            apply_spec_augment=False,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=16,
+            sliding_window=8,
+            pad_token_id=0,
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
+    ),
+    "mamba": (  # takes the weights of two layers in each block
+        AutoModelForCausalLM,
+        lambda: MambaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            state_size=8,
+            num_hidden_layers=2,
+            time_step_rank=4,
+            pad_token_id=0,
+            bos_token_id=0,
+            eos_token_id=0,
         ),
     ),
     "qwen3-moe": (
@@ -228,6 +258,23 @@ def _llama(tie: bool) -> LlamaConfig:
         tie_word_embeddings=tie,
         bos_token_id=0,
         eos_token_id=0,
+    )
+
+
+def _audio(config: type) -> Any:
+    return config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        conv_dim=(8, 8),
+        conv_stride=(5, 2),
+        conv_kernel=(10, 3),
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2,
+        classifier_proj_size=16,
+        num_labels=CLASSES,
+        apply_spec_augment=False,
     )
 
 

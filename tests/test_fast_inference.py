@@ -30,6 +30,8 @@ SHAPES = {  # rows, columns, groups (0: one scale for all)
     "groups of chunks": (6, 1024, 2),
     "groups across chunks": (7, 720, 5),
     "many rows": (130, 400, 1),
+    "blocks of columns": (6, 4700, 1),
+    "groups cut by blocks of columns": (5, 4608, 4),
 }
 # of the sum of all |weight * input| in float32; in bfloat16 the output is rounded to 8 bits, the exact weights too
 TOLERANCE = {torch.float32: packed.TOLERANCE, torch.bfloat16: 2**-8}

@@ -7,6 +7,7 @@ import reference
 import torch
 
 from cpq_hf import fitting, grid
+from cpq_hf.kernels import cpu
 from cpq_hf.spec import level_bounds
 
 BITS = [2, 3, 4, 5, 6, 7, 8]
@@ -180,6 +181,13 @@ def test_dropping_nothing_changes_nothing():
     assert torch.allclose(alpha_plain, alpha_kept, rtol=1e-5, atol=1e-5)  # sums of 32, perhaps in another order
 
 
+@pytest.fixture(params=["kernel", "torch"])
+def generator(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(cpu, "load", lambda: None)
+
+
+@pytest.mark.usefixtures("generator")
 def test_draws_have_the_stated_probabilities():
     x, keep = torch.empty(1_000_003), torch.tensor([1.0, 0.75, 0.3])
     counts = torch.bincount(grid.draw_last_levels(x, keep, True, 3).long(), minlength=32)
@@ -189,6 +197,7 @@ def test_draws_have_the_stated_probabilities():
     assert torch.allclose(shares, torch.tensor([0.25, 0.45, 0.3]), atol=5 * 0.0005)  # five standard errors
 
 
+@pytest.mark.usefixtures("generator")
 def test_dropping_uses_the_global_generator():
     x, keep = torch.randn(1000), torch.tensor([0.7, 0.5])
     torch.manual_seed(1)
@@ -292,6 +301,7 @@ def test_representable_values_survive_exactly():
     assert torch.equal(grid.fake_quantize(x, alpha, torch.tensor([0.2]), 4, True), x)
 
 
+@pytest.mark.usefixtures("generator")
 def test_processes_draw_masks_of_their_own(monkeypatch):
     """Seeded alike, they drop other elements, as independently as chance would have it; repeated, the same ones."""
     x, keep = torch.zeros(200_000), torch.tensor([0.7])

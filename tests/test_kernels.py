@@ -69,6 +69,8 @@ def test_equal_to_torch_operations(layout, dtype, bits, signed, dropped, eager, 
     centered = signed and bits != 3  # 3 bits, dropped, are the case of an element of 2 bits that is not centred
     x, alpha, g = case(*SHAPES[layout], dtype, bits)
     keep = torch.linspace(0.9, 0.5, bits - 2)
+    drawn = grid.draw_last_levels(x, keep, signed, 2)
+    monkeypatch.setattr(grid, "draw_last_levels", lambda *_: drawn)  # torch operations draw others from the same seed
     calls = []
     monkeypatch.setattr(cpu, "_layout", lambda *a, original=cpu._layout: calls.append(original(*a)) or calls[-1])
 
@@ -84,6 +86,26 @@ def test_equal_to_torch_operations(layout, dtype, bits, signed, dropped, eager, 
     assert torch.allclose(ours[1], theirs[1], rtol=tolerance, atol=2e-6 * g.abs().max().item() / NOISE.item())
     scale = 2 ** (bits - 1) * (x.numel() / alpha.numel()) ** 0.5
     assert torch.allclose(ours[2], theirs[2], rtol=1e-5, atol=1e-6 * scale)
+
+
+def test_bits_are_dropped_by_the_published_generator():
+    """Philox4x32-10 of counter 0 and key 0, as in the known answers of its authors' library."""
+    numbers = torch.tensor([0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8])
+    for index, number in enumerate(numbers.tolist()):
+        for half, u in enumerate((number & 0xFFFF, number >> 16)):
+            for keep, last_level in ((u, 1), (u + 1, 3)):  # kept if u is below
+                drawn = cpu.draw_last_levels(0, torch.tensor([keep / 2**16]), [1, 3], 128)
+                assert drawn[32 * index + half] == last_level
+
+
+@pytest.mark.parametrize("count", [1, 127, 128, 129, 100_001])
+def test_draws_do_not_depend_on_the_number_of_threads(count, monkeypatch):
+    draws = []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(cpu, "_threads", lambda _, threads=threads: threads)
+        draws.append(cpu.draw_last_levels(-5, torch.tensor([0.8, 0.5, 0.0]), [1, 3, 7, 15], count))
+    assert all(torch.equal(draws[0], other) for other in draws)
+    assert draws[0].max() <= 7  # a probability of 0 is one
 
 
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from cpq_hf import CPQConfig, CPQError, calibrate_model, pack_model, prepare_model, summarize
+from cpq_hf import CPQConfig, CPQError, calibrate_model, pack_model, prepare_model
 from cpq_hf.nn import LAYERS
 from cpq_hf.packing import words_per_row
 
@@ -313,16 +313,3 @@ def test_no_graph_break_under_compile():
     model.layer.weight_quantizer.noise.fill_(0.11)  # a schedule that moves does not recompile
     with torch.compiler.set_stance("fail_on_recompile"):
         compiled(x).sum().backward()
-
-
-class Subclass(nn.Linear):
-    def forward(self, x):
-        return super().forward(x) * 2
-
-
-def test_subclasses_are_left_alone_and_reported():
-    model = nn.Sequential(nn.Linear(4, 4), Subclass(4, 4), nn.Linear(4, 2))
-    prepare_model(model, CPQConfig())
-    report = summarize(model).to_dict()
-    assert list(report["layers"]) == ["0"]
-    assert report["not_quantized"] == {"1": "Subclass", "2": "Linear"}

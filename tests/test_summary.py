@@ -17,6 +17,12 @@ def small() -> nn.Module:
     return prepare_model(model, CPQConfig(weight_bits=2, overrides={"2": {"weight_bits": 8}}))
 
 
+def test_names_of_any_length_fit_the_plot(tmp_path):
+    name = "transformer_module_" * 5
+    model = nn.ModuleDict({name: nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    summarize(prepare_model(model, CPQConfig())).plot(tmp_path / "bits.png")  # a warning of the layout is an error
+
+
 def test_numbers():
     model = small()
     report = summarize(model).to_dict()

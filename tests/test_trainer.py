@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import ClassVar
 
 import pytest
 import torch
@@ -79,6 +80,22 @@ def test_schedule_moves_once_per_optimizer_step(accumulation, tmp_path):
         assert rate == pytest.approx(drop_rate(step / 4, 0.3), rel=1e-6)
         assert dropping == (step < 3)
         assert training
+
+
+def test_a_reporter_sees_the_metrics_if_the_callback_goes_before_it(tmp_path):
+    """As the README says; a reporter is a callback that comes before those of the user."""
+
+    class Reporter(TrainerCallback):
+        seen: ClassVar[list] = []
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            self.seen.append("cpq/noise" in logs)
+
+    callbacks = [Reporter(), CPQCallback(CPQConfig(**CONFIG))]
+    trainer = Trainer(build("resnet"), arguments(tmp_path, max_steps=2), train_dataset=data(), callbacks=callbacks)
+    trainer.callback_handler.callbacks.insert(1, trainer.pop_callback(CPQCallback))
+    trainer.train()
+    assert Reporter.seen == [True, True, False]  # the last is Trainer's summary
 
 
 def test_log_has_the_metrics(tmp_path):

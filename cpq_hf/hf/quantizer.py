@@ -146,6 +146,8 @@ def attach(model: Any, config: CPQConfig) -> None:
     model.config.quantization_config = config
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
+    for part in surgery.transformers_models(model):
+        part.config._is_quantized = True  # a few models compute otherwise then (FalconMamba, Jamba)
     _save_as_given(model)
 
 

@@ -78,6 +78,26 @@ def gradients(
     return None if failed else (grad_x, grad_alpha.mul_(alpha_scale), grad_keep)
 
 
+def is_ready() -> bool:
+    """Whether the kernels can be called now."""
+    return not torch.compiler.is_compiling() and load() is not None
+
+
+def draw_last_levels(key: int, keep: Tensor, last_levels: list[int], count: int) -> Tensor:
+    """Draw the last levels of `count` elements, uint8: `last_levels[j]` where `j` of the bits that may go are kept.
+
+    `keep` has the probabilities, `key` is 64 random bits; asks for `is_ready()`.
+    """
+    library = load()
+    assert library is not None
+    thresholds = (keep.detach() * 2**16).round().to(torch.int32).contiguous()
+    drawn = torch.empty(count, dtype=torch.uint8)
+    library.cpq_draw(
+        key, thresholds.data_ptr(), bytes(last_levels), thresholds.numel(), drawn.data_ptr(), count, _threads(drawn)
+    )
+    return drawn
+
+
 def keep_gradient(
     x: Tensor,
     alpha: Tensor,
@@ -131,7 +151,8 @@ def load() -> ctypes.CDLL | None:
     library.cpq_backward.argtypes = [pointer] * 7 + [size] * 2 + [number] * 7
     library.cpq_keep_gradient.argtypes = [pointer] * 6 + [size] * 2 + [number] * 5 + [ctypes.c_float] + [number] * 2
     library.cpq_try_steps.argtypes = [pointer] * 4 + [size] * 3 + [number] * 2 + [ctypes.c_float, number]
-    library.cpq_try_steps.restype = None
+    library.cpq_draw.argtypes = [ctypes.c_uint64, pointer, ctypes.c_char_p, number, pointer, size, number]
+    library.cpq_try_steps.restype = library.cpq_draw.restype = None
     library.cpq_forward.restype, library.cpq_backward.restype, library.cpq_keep_gradient.restype = None, number, number
     return library
 

@@ -235,6 +235,57 @@ int cpq_backward(const void *x, const float *alpha, const uint8_t *last, const f
     return 0;
 }
 
+/* --- DropBits: the bit-width of each element ------------------------------------------------------------------------
+
+   Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): 128 random bits from a counter
+   and a key, 16 bits for an element. Lanes are counters that go through the rounds side by side. */
+
+#define LANES 16
+#define DRAWN (8 * LANES) /* elements of a block */
+
+INLINE void philox(uint64_t key, uint64_t counter, uint32_t words[4][LANES]) {
+    uint32_t key0 = (uint32_t)key, key1 = (uint32_t)(key >> 32);
+    uint32_t a[LANES], b[LANES], c[LANES] = {0}, d[LANES] = {0};
+    for (int k = 0; k < LANES; k++) a[k] = (uint32_t)(counter + k), b[k] = (uint32_t)((counter + k) >> 32);
+    for (int round = 0; round < 10; round++) {
+#pragma omp simd
+        for (int k = 0; k < LANES; k++) {
+            uint64_t one = (uint64_t)a[k] * 0xD2511F53u, two = (uint64_t)c[k] * 0xCD9E8D57u;
+            a[k] = (uint32_t)(two >> 32) ^ b[k] ^ key0;
+            c[k] = (uint32_t)(one >> 32) ^ d[k] ^ key1;
+            b[k] = (uint32_t)two, d[k] = (uint32_t)one;
+        }
+        key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
+    }
+    memcpy(words[0], a, sizeof a), memcpy(words[1], b, sizeof b);
+    memcpy(words[2], c, sizeof c), memcpy(words[3], d, sizeof d);
+}
+
+/* levels[j] is the last level of an element of which bits 1 .. j are kept; bit j + 1 is if its 16 bits are below
+   thresholds[j]. */
+void cpq_draw(uint64_t key, const int32_t *thresholds, const uint8_t *levels, int count, uint8_t *last, int64_t total,
+              int threads) {
+    int64_t blocks = (total + DRAWN - 1) / DRAWN;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t block = 0; block < blocks; block++) {
+        uint32_t words[4][LANES];
+        uint16_t u[DRAWN];
+        uint8_t drawn[DRAWN];
+        philox(key, (uint64_t)block * LANES, words);
+        memcpy(u, words, sizeof u);
+        memset(drawn, levels[0], sizeof drawn);
+        for (int j = 0; j < count; j++) {
+            if (thresholds[j] <= 0) break;
+            const uint16_t below = (uint16_t)(thresholds[j] - 1);
+            const uint8_t more = (uint8_t)(levels[j + 1] - levels[j]);
+#pragma omp simd
+            for (int i = 0; i < DRAWN; i++) drawn[i] = (uint8_t)(drawn[i] + (u[i] <= below ? more : 0));
+        }
+        int64_t left = total - block * DRAWN;
+        memcpy(last + block * DRAWN, drawn, (size_t)(left < DRAWN ? left : DRAWN));
+    }
+}
+
 /* One bit-width: the levels of its grid in steps of the full grid, the difference to one bit less. */
 INLINE float at_width(float v, float ratio, float lo, float hi, float offset) {
     return (round_even(clamp(v / ratio - offset, lo, hi)) + offset) * ratio;

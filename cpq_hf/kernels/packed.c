@@ -5,51 +5,27 @@
 
    cpq_dequantize writes the weights out: (level + offset) * scale, the same numbers as torch operations give.
 
-   cpq_linear multiplies without writing them out. The time of a small product is unpacking and reading memory, so a
-   vector is unpacked with as few instructions as there can be: values are not shuffled into order. V consecutive values
-   (16 of 2 bits, 8 of 3 or 4 bits, 4 of more) lie in a window of 32 bits. LANES windows, one in each lane, are a chunk
-   of the row; shifting all lanes by n*bits gives the n-th value of each window. The inputs are brought into that order
-   once, `x[chunk][n][lane]`, padded with zeros. Levels are multiplied and added up in float32, each lane by itself; a
-   lane is scaled where its scale ends, once a row or once a group.
-
-   A tile is ROWS rows by up to BATCH inputs, the sums of which stay in registers. Every output is summed in the same
-   order whatever the batch and the number of threads, so it does not depend on them. */
+   cpq_linear multiplies without writing them out, in tiles (tile.h). Columns are cut into blocks, so that the inputs
+   of a tile stay in the first-level cache while the rows of a band pass by. Every output is summed in the same order
+   whatever the batch and the number of threads, so it does not depend on them. */
 
 #define _DEFAULT_SOURCE /* madvise */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "values.h"
+#include "tile.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
-#endif
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#define LANES 16
-#define ROWS 4
-#elif defined(__AVX__)
-#define LANES 8
-#define ROWS 2
-#else
-#define LANES 4
-#define ROWS 4
 #endif
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "words are read as bytes, least significant first"
 #endif
 
-#define BATCH 4
-#define LARGEST_BAND 256   /* rows that a thread takes at a time */
-#define INPUTS_NEAR 32     /* by so many inputs, which stay in its second-level cache */
+#define BLOCK 2048         /* columns at most of a block; BATCH inputs of so many stay in the first-level cache */
+#define LARGEST_BAND 256   /* rows that a thread takes at a time; a block of them stays in its second-level cache */
 #define INPUTS_AT_ONCE 256 /* inputs that are arranged before the threads begin */
-#define WINDOW_BYTES (4 * LANES)
-#define UNROLL _Pragma("GCC unroll 16")
-
-typedef float floats __attribute__((vector_size(WINDOW_BYTES)));
-typedef int32_t ints __attribute__((vector_size(WINDOW_BYTES)));
-typedef uint32_t words __attribute__((vector_size(WINDOW_BYTES)));
 
 /* --- writing weights out --------------------------------------------------------------------------------------------
 
@@ -144,175 +120,51 @@ int cpq_dequantize(const uint8_t *packed, const float *scale, void *out, int64_t
 
 /* --- multiplying straight from the words ---------------------------------------------------------------------------*/
 
-typedef struct {
-    const uint8_t *packed, *last; /* the rows, and copies of the last ones with room behind them */
-    const float *scale, *bias;
-    const float *x; /* inputs from `first` on: [input][chunks][V][LANES] */
-    void *out;      /* [batch][rows] */
-    int64_t rows, columns, first, row_bytes, groups, chunks, x_size;
-    int64_t inside;  /* rows behind which WINDOW_BYTES can be read: all but the last ones */
-    int64_t segment; /* chunks that share the scales of their lanes */
-    const int32_t *group_of; /* [chunks][LANES], or NULL where all lanes of a chunk have one scale */
-    float half;      /* what is added to a level */
-    int bf16;
-} task;
-
-/* Values in a window of 32 bits. */
-INLINE int values_of(int bits) { return bits == 2 ? 16 : bits <= 4 ? 8 : 4; }
-INLINE int64_t chunk_bytes(int bits) { return (int64_t)LANES * values_of(bits) * bits / 8; }
-
-/* LANES windows, one in each lane. WINDOW_BYTES may be read. */
-INLINE words windows(const uint8_t *bytes, int bits) {
-    words window = {0};
-    const int size = values_of(bits) * bits; /* 32, 24, 32, 20, 24, 28, 32 bits */
-    if (size == 32) {
-        memcpy(&window, bytes, sizeof window);
-        return window;
-    }
-#if defined(__AVX512VBMI__)
-    uint8_t index[WINDOW_BYTES];
-    UNROLL for (int k = 0; k < LANES; k++)
-        for (int i = 0; i < 4; i++) index[4 * k + i] = (uint8_t)(k * size / 8 + i);
-    window = (words)_mm512_permutexvar_epi8(_mm512_loadu_si512(index), _mm512_loadu_si512(bytes));
-#else
-    UNROLL for (int k = 0; k < LANES; k++) {
-        uint32_t one;
-        memcpy(&one, bytes + k * size / 8, 4);
-        window[k] = one;
-    }
-#endif
-    if (size % 8) {
-        words shift = {0};
-        UNROLL for (int k = 0; k < LANES; k++) shift[k] = (uint32_t)(k * size % 8);
-        window >>= shift;
-    }
-    return window;
-}
-
-/* The level of the n-th value of each window, `half` added. */
-INLINE floats levels(words window, int n, int bits, float half, floats table) {
-#if defined(__AVX512F__)
-    if (bits <= 4) return (floats)_mm512_permutexvar_ps((__m512i)(window >> (n * bits)), (__m512)table);
-#endif
-    (void)table;
-    ints level = (ints)(window << (32 - bits * (n + 1))) >> (32 - bits); /* the top bit is flipped: two's complement */
-    floats value = __builtin_convertvector(level, floats);
-    return bits == 2 ? value + half : value;
-}
-
-/* The top bits of all values of a window: flipped, they make an offset level one in two's complement. */
-INLINE uint32_t top_bits(int bits) {
-    uint32_t top = 0;
-    for (int n = 0; n < values_of(bits); n++) top |= 1u << (n * bits + bits - 1);
-    return top;
-}
-
-/* The scale of each lane in a segment. */
-INLINE floats lane_scales(const task *job, int64_t row, int64_t segment) {
-    const float *scale = job->scale + row * job->groups;
-    floats scales = {0};
-    if (job->group_of == NULL) return scales + scale[segment];
-    for (int k = 0; k < LANES; k++) scales[k] = scale[job->group_of[segment * LANES + k]];
-    return scales;
-}
-
-INLINE float sum_of(floats v) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)v);
-#else
-    UNROLL for (int width = LANES / 2; width > 0; width /= 2)
-        UNROLL for (int k = 0; k < width; k++) v[k] += v[k + width];
-    return v[0];
-#endif
-}
-
-/* ROWS rows from `row` on by `count` inputs from `input` on. */
-INLINE void tile(const task *shared, int64_t row, int64_t input, int bits, int count) {
-    const task job = *shared;
-    const int values = values_of(bits);
-    const int64_t bytes = chunk_bytes(bits);
-    const uint32_t top = top_bits(bits);
-    int64_t rows[ROWS];
-    const uint8_t *from[ROWS];
-    floats total[ROWS][BATCH], table = {0};
-    for (int k = 0; k < LANES; k++) table[k] = (float)((k & ((1 << bits) - 1)) - (1 << (bits - 1))) + job.half;
-    UNROLL for (int r = 0; r < ROWS; r++) {
-        rows[r] = row + r < job.rows ? row + r : job.rows - 1;
-        from[r] = rows[r] < job.inside ? job.packed + rows[r] * job.row_bytes
-                                       : job.last + (rows[r] - job.inside) * (job.chunks * bytes + WINDOW_BYTES);
-        UNROLL for (int b = 0; b < count; b++) total[r][b] = (floats){0};
-    }
-    const float *x = job.x + input * job.x_size;
-    int64_t segment = 0;
-    for (int64_t start = 0; start < job.chunks; start += job.segment, segment++) {
-        int64_t stop = start + job.segment < job.chunks ? start + job.segment : job.chunks;
-        floats part[ROWS][BATCH];
-        UNROLL for (int r = 0; r < ROWS; r++)
-            UNROLL for (int b = 0; b < count; b++) part[r][b] = (floats){0};
-        for (int64_t chunk = start; chunk < stop; chunk++) {
-            words window[ROWS];
-            UNROLL for (int r = 0; r < ROWS; r++) {
-                __builtin_prefetch(from[r] + ROWS * job.row_bytes + chunk * bytes); /* the rows of the next tile */
-                window[r] = windows(from[r] + chunk * bytes, bits);
-#if defined(__AVX512F__)
-                if (bits > 4)
-#endif
-                    window[r] ^= top;
-            }
-            UNROLL for (int n = 0; n < values; n++) {
-                floats values_in[BATCH];
-                UNROLL for (int b = 0; b < count; b++)
-                    memcpy(&values_in[b], x + b * job.x_size + (chunk * values + n) * LANES, sizeof(floats));
-                UNROLL for (int r = 0; r < ROWS; r++) {
-                    floats weight = levels(window[r], n, bits, job.half, table);
-                    UNROLL for (int b = 0; b < count; b++) part[r][b] += weight * values_in[b];
-                }
-            }
-        }
-        UNROLL for (int r = 0; r < ROWS; r++) {
-            floats scales = lane_scales(&job, rows[r], segment);
-            UNROLL for (int b = 0; b < count; b++) total[r][b] += part[r][b] * scales;
-        }
-    }
-    UNROLL for (int r = 0; r < ROWS; r++)
-        UNROLL for (int b = 0; b < count; b++) {
-            if (row + r >= job.rows) continue;
-            float bias = job.bias == NULL ? 0.0f : job.bias[row + r];
-            store(job.out, (job.first + input + b) * job.rows + row + r, sum_of(total[r][b]) + bias, job.bf16);
-        }
-}
-
-typedef void (*tile_function)(const task *, int64_t, int64_t);
-#define TILE(B, C)                                                                 \
-    static void tile_##B##C(const task *job, int64_t row, int64_t input) { tile(job, row, input, B, C); }
-#define TILES(B) TILE(B, 1) TILE(B, 2) TILE(B, 4)
-TILES(2) TILES(3) TILES(4) TILES(5) TILES(6) TILES(7) TILES(8)
-#define ENTRY(B) {tile_##B##1, tile_##B##2, tile_##B##4}
-static const tile_function tile_table[][3] = {ENTRY(2), ENTRY(3), ENTRY(4), ENTRY(5), ENTRY(6), ENTRY(7), ENTRY(8)};
-
 /* Inputs of the next tile, where so many are left. */
 INLINE int tile_inputs(int64_t left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
 
-/* One input in the order of the windows, padded with zeros. */
-static void arrange(const task *job, const void *x, int64_t input, float *out, int values) {
+/* A chunk of an input, from memory's order into that of the windows: `step` floats from one vector to the next. */
+INLINE void transpose(const float *from, float *out, int64_t step, int values) {
+    for (int n = 0; n < values; n++)
+        for (int k = 0; k < LANES; k++) out[n * step + k] = from[k * values + n];
+}
+
+/* The inputs of one tile, in the order in which it reads them, padded with zeros. */
+static void arrange(const task *job, const void *x, int64_t input, int inputs) {
+    const int values = values_of(job->bits);
     const int64_t width = (int64_t)values * LANES;
+    float here[16 * LANES]; /* a chunk */
     for (int64_t chunk = 0; chunk < job->chunks; chunk++) {
-        const int64_t from = input * job->columns + chunk * width, left = job->columns - chunk * width;
-        for (int n = 0; n < values; n++)
-            for (int k = 0; k < LANES; k++)
-                out[chunk * width + n * LANES + k] =
-                    k * values + n < left ? load(x, from + k * values + n, job->bf16) : 0.0f;
+        const int64_t start = chunk / job->block * job->block,
+                      size = start + job->block < job->chunks ? job->block : job->chunks - start;
+        float *out = job->x + (start * job->count + input * size + (chunk - start) * inputs) * width;
+        const int64_t left = job->columns - chunk * width, count = left < width ? left : width;
+        for (int b = 0; b < inputs; b++, out += LANES) {
+            const int64_t from = (job->first + input + b) * job->columns + chunk * width;
+            memset(here, 0, sizeof here);
+            if (job->bf16)
+                for (int64_t i = 0; i < count; i++) here[i] = load(x, from + i, 1);
+            else
+                memcpy(here, (const float *)x + from, sizeof(float) * (size_t)count);
+            if (values == 4) transpose(here, out, inputs * LANES, 4);
+            if (values == 8) transpose(here, out, inputs * LANES, 8);
+            if (values == 16) transpose(here, out, inputs * LANES, 16);
+        }
     }
 }
 
-/* Rows of one band by `count` inputs. */
-static void band(const task *job, int64_t first_row, int64_t stop, int64_t count, const tile_function *tiles) {
-    for (int64_t near = 0; near < count; near += INPUTS_NEAR) {
-        int64_t end = near + INPUTS_NEAR < count ? near + INPUTS_NEAR : count;
-        for (int64_t row = first_row; row < stop; row += ROWS) {
-            for (int64_t i = near; i < end; i += tile_inputs(end - i)) tiles[tile_inputs(end - i) / 2](job, row, i);
-        }
+/* The rows of a band by all inputs that are arranged. */
+static void band(const task *job, int64_t first_row, int64_t last_row, const tile_function *tiles) {
+    for (int64_t start = 0; start < job->chunks; start += job->block) {
+        int64_t stop = start + job->block < job->chunks ? start + job->block : job->chunks;
+        for (int64_t i = 0; i < job->count; i += tile_inputs(job->count - i))
+            for (int64_t row = first_row; row < last_row; row += ROWS)
+                tiles[tile_inputs(job->count - i) / 2](job, row, i, start, stop);
     }
+    if (job->bf16)
+        for (int64_t i = 0; i < job->count; i++)
+            for (int64_t row = first_row; row < last_row; row++)
+                store(job->out, (job->first + i) * job->rows + row, job->sums[i * job->rows + row], 1);
 }
 
 /* out[batch, rows] = x[batch, columns] * weight + bias. `groups` as above; a group must hold whole windows. Returns 0,
@@ -324,10 +176,11 @@ int cpq_linear(const void *x, const uint8_t *packed, const float *scale, const f
     const int64_t group = groups > 0 ? columns / groups : columns;
     if (groups > 1 && group % values) return 2;
     task job = {.packed = packed, .scale = scale, .bias = bias, .out = out, .rows = rows, .columns = columns,
-                .groups = groups, .half = offset, .bf16 = bf16};
+                .groups = groups, .half = offset, .bits = bits, .bf16 = bf16};
     job.row_bytes = (columns * bits + 31) / 32 * 4;
     job.chunks = (columns + width - 1) / width;
-    job.x_size = job.chunks * width;
+    int64_t blocks = (job.chunks * width + BLOCK - 1) / BLOCK;
+    job.block = (job.chunks + blocks - 1) / blocks;
     int mixed = groups > 1 && group % width;
     job.segment = groups <= 1 ? job.chunks : mixed ? 1 : group / width;
     int64_t room = job.chunks * bytes + WINDOW_BYTES, all = rows * job.row_bytes;
@@ -338,8 +191,9 @@ int cpq_linear(const void *x, const uint8_t *packed, const float *scale, const f
     int64_t at_once = batch < INPUTS_AT_ONCE ? batch : INPUTS_AT_ONCE;
     uint8_t *last = calloc((size_t)(rows - job.inside) + 1, (size_t)room);
     int32_t *group_of = malloc(sizeof(int32_t) * (size_t)(mixed ? job.chunks * LANES : 1));
-    float *arranged = aligned_alloc(64, (sizeof(float) * (size_t)(at_once * job.x_size) + 63) / 64 * 64);
-    int failed = last == NULL || group_of == NULL || arranged == NULL;
+    float *arranged = aligned_alloc(64, (sizeof(float) * (size_t)(at_once * job.chunks * width) + 63) / 64 * 64);
+    float *sums = bf16 ? malloc(sizeof(float) * (size_t)(at_once * rows)) : (float *)out;
+    int failed = last == NULL || group_of == NULL || arranged == NULL || (bf16 && sums == NULL);
     if (!failed) {
         job.last = last;
         job.x = arranged;
@@ -352,15 +206,19 @@ int cpq_linear(const void *x, const uint8_t *packed, const float *scale, const f
             memcpy(last + (row - job.inside) * room, packed + row * job.row_bytes, (size_t)job.row_bytes);
     }
     for (; !failed && job.first < batch; job.first += at_once) {
-        int64_t count = batch - job.first < at_once ? batch - job.first : at_once;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && count > BATCH)
-        for (int64_t i = 0; i < count; i++) arrange(&job, x, job.first + i, arranged + i * job.x_size, values);
+        job.count = batch - job.first < at_once ? batch - job.first : at_once;
+        job.sums = bf16 ? sums : sums + job.first * rows;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && job.count > BATCH)
+        for (int64_t i = 0; i < job.count; i += BATCH)
+            for (int64_t k = i; k < i + BATCH && k < job.count; k += tile_inputs(job.count - k))
+                arrange(&job, x, k, tile_inputs(job.count - k));
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
         for (int64_t row = 0; row < rows; row += size)
-            band(&job, row, row + size < rows ? row + size : rows, count, tile_table[bits - 2]);
+            band(&job, row, row + size < rows ? row + size : rows, tile_table[bits - 2]);
     }
     free(last);
     free(group_of);
     free(arranged);
+    if (bf16) free(sums);
     return failed;
 }

@@ -1,13 +1,14 @@
 """Layers, two for each float layer: one that trains and one that is packed and serves.
 
-`LAYERS` is the one table of what is covered. A layer is looked up by its exact type: a subclass may use its weight in
-its own way, so it is reported as not covered instead of being converted blindly. Fused experts are known by their
-stacked weights instead, whatever their class: experts.py.
+`LAYERS` is the one table of what is covered. A subclass of a float layer keeps its own `forward`, which calls ours or
+finds its weight on the grid (reads.py). What gives several outputs is more than a layer, a router for instance, and is
+left alone; so are torch's own subclasses. Fused experts are known by their stacked weights, whatever their class:
+experts.py.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -35,6 +36,7 @@ from .packed import (
     to_packed,
     trained_tensors,
 )
+from .reads import hide_weights, show_weights, uses, weights_taken
 from .training import CPQConv1D, CPQConv1d, CPQConv2d, CPQEmbedding, CPQLinear, TrainingLayer, to_training
 
 
@@ -60,6 +62,45 @@ KINDS: dict[type[nn.Module], Kind] = {
     quantized: kind for kind in (*LAYERS.values(), EXPERTS) for quantized in (kind.training, kind.packed)
 }
 
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """The row of a float layer, None where it is not covered."""
+    own = type(module)
+    if own in LAYERS:
+        return LAYERS[own]
+    weight = module._parameters.get("weight")
+    if weight is None or not weight.is_floating_point() or own.__module__.startswith("torch."):
+        return None
+    if isinstance(module, (TrainingLayer, PackedLayer)) or uses(own).returns_several:
+        return None
+    return next((LAYERS[base] for base in own.__mro__ if base in LAYERS), None)
+
+
+R = TypeVar("R", bound=TrainingLayer | PackedLayer)
+_SUBCLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type] = {}
+
+
+def quantized_class(float_class: type[nn.Module], row_class: type[R]) -> type[R]:
+    """What a layer of `float_class` becomes, always the same class: `row_class`, or a subclass of both."""
+    if float_class in LAYERS:
+        return row_class
+    both = (float_class, row_class)
+    if both not in _SUBCLASSES:
+        _SUBCLASSES[both] = type(f"{row_class.__name__}{float_class.__name__}", both, {"__module__": __name__})
+    return _SUBCLASSES[both]
+
+
+def row_of(layer: nn.Module) -> Kind:
+    """The row of a layer that trains, or of a packed one."""
+    return next(KINDS[cls] for cls in type(layer).__mro__ if cls in KINDS)  # FSDP2 makes a subclass of it
+
+
+def float_class_of(layer: nn.Module) -> type[nn.Module]:
+    """The class of the float layer that such a layer was made from."""
+    bases = type(layer).__mro__
+    return bases[1] if bases[0] not in KINDS else next(base for base in bases if base in LAYERS)
+
+
 __all__ = [
     "EXPERTS",
     "KINDS",
@@ -83,7 +124,13 @@ __all__ = [
     "check_experts",
     "empty_tensors",
     "expert_weights",
+    "float_class_of",
+    "hide_weights",
     "is_transposed",
+    "kind_of",
+    "quantized_class",
+    "row_of",
+    "show_weights",
     "to_float",
     "to_float_experts",
     "to_packed",
@@ -91,4 +138,5 @@ __all__ = [
     "to_training",
     "to_training_experts",
     "trained_tensors",
+    "weights_taken",
 ]

@@ -62,6 +62,9 @@ class ExpertWeight(TrainingLayer):
         assert parameter is not None
         return parameter
 
+    def quantized_weight(self) -> Tensor:
+        return self.weight_quantizer(self.weight)
+
     def count_uses(self, inputs: tuple[Any, ...], output: Any) -> tuple[float, float]:
         """As for any layer; a token goes to some of the experts, on average over them."""
         tokens, chosen = inputs[0].numel() / inputs[0].shape[-1], inputs[1].shape[-1]

@@ -182,10 +182,10 @@ def trained_tensors(layer: TrainingLayer) -> tuple[LayerSpec, dict[str, Tensor]]
             "weight_scale": layer.weight_quantizer.alpha(),
             "weight_shape": torch.tensor(spec.weight.shape, device=layer.weight.device),
         }
-    if layer.input_quantizer is not None:
-        spec = replace(spec, activation=layer.input_quantizer.resolved_spec())
-        tensors["input_scale"] = layer.input_quantizer.alpha()
-    return spec, tensors
+    if layer.input_quantizer is None or not layer.input_quantizer.calibrated:
+        return replace(spec, activation=None), tensors  # as it is evaluated
+    activation = layer.input_quantizer.resolved_spec()
+    return replace(spec, activation=activation), tensors | {"input_scale": layer.input_quantizer.alpha()}
 
 
 def fill_packed(layer: Any, spec: LayerSpec, dtype: torch.dtype, tensors: dict[str, Tensor]) -> None:
@@ -193,7 +193,8 @@ def fill_packed(layer: Any, spec: LayerSpec, dtype: torch.dtype, tensors: dict[s
     for name, tensor in tensors.items():
         layer.register_buffer(name, tensor)
     layer.spec, layer.dtype = spec, dtype
-    layer._is_hf_initialized = True
+    # transformers has nothing to init here, except what a subclass does not save (the scale of Gemma's embedding)
+    layer._is_hf_initialized = not layer._non_persistent_buffers_set
 
 
 def to_packed(

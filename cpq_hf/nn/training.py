@@ -30,7 +30,7 @@ class TrainingLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight on the grid, shape and dtype of `weight`."""
-        return self.weight_quantizer(self.weight)
+        return self.weight_quantizer(self._parameters["weight"])  # `weight` may be shown on the grid: reads.py
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input on the grid, or as it is where activations are not quantized."""

@@ -14,6 +14,7 @@ package of that name.)
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import multiprocessing
 import os
 import platform
@@ -35,7 +36,9 @@ GRANULARITIES = {"tensor": lambda rows: (1, 1, 1), "channel": lambda rows: (rows
                  "group": lambda rows: (rows, COLUMNS // 128, 1)}  # fmt: skip
 
 
-def quantizers(millions: float, bits: int, granularity: str, device: str, compiled: bool, dropbits: bool):
+def quantizers(
+    millions: float, bits: int, granularity: str, device: str, compiled: bool, dropbits: bool, textbook_too: bool
+) -> dict[str, Callable[[], object]]:
     """`{name: function that quantizes one weight and takes its gradient}`."""
     torch.manual_seed(0)
     rows = round(millions * 2**20 / COLUMNS)
@@ -52,41 +55,67 @@ def quantizers(millions: float, bits: int, granularity: str, device: str, compil
 
         return forward_and_backward
 
-    steps = {"copy": lambda: weight.detach().clone()}
-    if granularity != "group":
-        lsq = LSQ(bits, signed=True, channels=rows if granularity == "channel" else 1).to(device)
-        flat, flat_g = weight.detach().flatten(1).requires_grad_(), g.flatten(1)
+    # Others get groups as rows of their own: the same memory, the same number of step sizes.
+    flat, flat_g = weight.detach().flatten(0, 1).requires_grad_(), g.flatten(0, 1)
 
-        def plain(function: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-            def forward_and_backward() -> None:
-                flat.grad = lsq.step.grad = None
-                function(flat).backward(flat_g)
+    def plain(function: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+        def forward_and_backward() -> None:
+            flat.grad = None
+            function(flat).backward(flat_g)
 
-            return forward_and_backward
+        return forward_and_backward
 
-        steps["LSQ"] = plain(lsq)
-        if compiled:
-            steps["LSQ compiled"] = plain(torch.compile(lsq))
-        scale = alpha.detach().flatten().requires_grad_()
-        zero, bounds = torch.zeros_like(scale), (*level_bounds(bits, True), 1.0)
-        if granularity == "channel":
-            steps["torch learnable"] = plain(
-                lambda x: torch._fake_quantize_learnable_per_channel_affine(x, scale, zero, 0, *bounds)
-            )
-        else:
-            steps["torch learnable"] = plain(
-                lambda x: torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero, *bounds)
-            )
+    scales, per_tensor = alpha.numel(), granularity == "tensor"
+    lsq = LSQ(bits, signed=True, channels=scales).to(device)
+    steps = {"copy": lambda: weight.detach().clone(), "LSQ": plain(lsq)}
+    if compiled:
+        steps["LSQ compiled"] = plain(torch.compile(lsq))
+    scale = alpha.detach().flatten().requires_grad_()
+    zero, bounds = torch.zeros_like(scale), (*level_bounds(bits, True), 1.0)
+    if per_tensor:
+        steps["torch learnable"] = plain(
+            lambda x: torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero, *bounds)
+        )
+    else:
+        steps["torch learnable"] = plain(
+            lambda x: torch._fake_quantize_learnable_per_channel_affine(x, scale, zero, 0, *bounds)
+        )
+    if importlib.util.find_spec("torchao") and not per_tensor:
+        steps["torchao"] = plain(torchao_quantizer(bits))
+    if importlib.util.find_spec("brevitas"):
+        steps["Brevitas"] = plain(brevitas_quantizer(flat, bits, per_tensor))
     steps["CPQ"] = step(lambda x: fake_quantize(x, alpha, noise, bits, True))
     if dropbits and bits > 2:
         keep = torch.full((bits - 2,), 0.9, device=device).cumprod(0)
         steps["CPQ, DropBits 0.1"] = step(lambda x: fake_quantize_dropped(x, alpha, noise, keep, bits, True, 2))
+    if textbook_too:
+        steps["textbook"] = step(lambda x: textbook(x, alpha, noise, bits))
     return steps
+
+
+def torchao_quantizer(bits: int) -> Callable[[Tensor], Tensor]:
+    """The weights' of its quantization-aware training: a step size a row, found anew in each step."""
+    from torchao.quantization import PerAxis
+    from torchao.quantization.qat import IntxFakeQuantizeConfig
+    from torchao.quantization.qat.fake_quantizer import IntxFakeQuantizer
+
+    return IntxFakeQuantizer(IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), PerAxis(0), is_symmetric=True))
+
+
+def brevitas_quantizer(weight: Tensor, bits: int, per_tensor: bool) -> Callable[[Tensor], Tensor]:
+    """The weights' of its layers, step sizes found anew in each step, as its documentation has it."""
+    import brevitas.nn as qnn
+    from brevitas.quant import Int8WeightPerChannelFloat, Int8WeightPerTensorFloat
+
+    chosen = Int8WeightPerTensorFloat if per_tensor else Int8WeightPerChannelFloat
+    layer = qnn.QuantLinear(weight.shape[1], weight.shape[0], bias=False, weight_quant=chosen, weight_bit_width=bits)
+    layer.to(weight.device)
+    return lambda x: layer.weight_quant(x).value
 
 
 def textbook(x: Tensor, alpha: Tensor, noise: Tensor, bits: int) -> Tensor:
     """The method with a grid dimension and autograd: what the closed form replaces."""
-    levels = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
+    levels = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), device=x.device)
     v = (x / alpha)[..., None]
     above, below = torch.sigmoid((levels + 0.5 - v) / noise), torch.sigmoid((levels - 0.5 - v) / noise)
     above, below = above.clone(), below.clone()
@@ -119,6 +148,7 @@ def main() -> None:
     parser.add_argument("--granularities", nargs="+", choices=GRANULARITIES, default=["channel"])
     parser.add_argument("--compiled", action="store_true", help="LSQ by torch.compile, too")
     parser.add_argument("--dropbits", action="store_true", help="CPQ with DropBits, too")
+    parser.add_argument("--textbook", action="store_true", help="the method with a grid dimension, too: slow")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -131,7 +161,9 @@ def main() -> None:
     for millions in args.millions:
         for granularity in args.granularities:
             for bits in args.bits:
-                steps = quantizers(millions, bits, granularity, args.device, args.compiled, args.dropbits)
+                steps = quantizers(
+                    millions, bits, granularity, args.device, args.compiled, args.dropbits, args.textbook
+                )
                 times = paired(steps, args.rounds)
                 for name, values in times.items():
                     of_lsq = f"{ratio(times, name, 'LSQ'):.2f}" if "LSQ" in times else "-"

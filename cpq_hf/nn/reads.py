@@ -1,0 +1,172 @@
+"""Weights that are taken without calling their layer, and how they are found on the grid all the same.
+
+Most modules call their layers. Some take a weight and compute with it themselves: Mamba `self.conv1d.weight`, WavLM
+`self.q_proj.weight`, and a subclass of `nn.Linear` with a `forward` of its own `self.weight` (Falcon). Which do is
+read from the source of `forward` and of the methods that it calls. While such a module runs, the instance of the layer
+holds the weight on the grid under the name `weight`, which Python finds before the parameter; a packed layer gives it
+anyway.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .training import TrainingLayer
+
+# what may be asked of a weight without computing with it
+LOOKS = frozenset(("dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_meta"))
+
+
+class Uses(NamedTuple):
+    """What a method of a class does with the layers inside; paths from the module, `""` is the module itself."""
+
+    read: frozenset[str]  # whose weight it takes
+    called: frozenset[str]
+    returns_several: bool
+
+
+_USES: dict[tuple[type[nn.Module], str], Uses] = {}
+
+
+def uses(cls: type[nn.Module], method: str = "forward") -> Uses:
+    """What a method of a class and those that it calls do; where they have no source, nothing is known to be read."""
+    if (cls, method) not in _USES:
+        _USES[cls, method] = _read_source(cls, method)
+    return _USES[cls, method]
+
+
+def _read_source(cls: type[nn.Module], start: str) -> Uses:
+    read: set[str] = set()
+    called: set[str] = set()
+    several, seen, waiting = False, set(), [start]
+    while waiting:
+        method = waiting.pop()
+        seen.add(method)
+        for tree in _sources(cls, method):
+            parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "super().forward":
+                    called.add("")
+                elif isinstance(node, ast.Return):
+                    several |= method == start and isinstance(node.value, ast.Tuple)
+                path = _path(node)
+                if path is None:
+                    continue
+                parent = parents[node]
+                if isinstance(parent, ast.Call) and parent.func is node:
+                    called.add(path)
+                if path not in seen and callable(getattr(cls, path, None)):
+                    waiting.append(path)
+                owner, _, attribute = path.rpartition(".")
+                if attribute == "weight" and not _only_looks(parent):
+                    read.add(owner)
+                elif isinstance(parent, ast.keyword) or (isinstance(parent, ast.Call) and node in parent.args):
+                    read.add(path)  # handed to a function, which may take its weight or call it
+                    called.add(path)
+    return Uses(frozenset(read), frozenset(called), several)
+
+
+def _sources(cls: type[nn.Module], method: str) -> Iterator[ast.Module]:
+    """The source of a method, in the class and in what it inherits from, except in the float layers and ours."""
+    for base in cls.__mro__:
+        function = vars(base).get(method)
+        known = base is Conv1D or base.__module__.partition(".")[0] in ("torch", "builtins", "cpq_hf")
+        if function is None or known:
+            continue
+        try:
+            yield ast.parse(textwrap.dedent(inspect.getsource(function)))
+        except (OSError, TypeError, SyntaxError):  # compiled, made at run time, or no function
+            continue
+
+
+def _path(node: ast.AST) -> str | None:
+    """`a.0.b` of `self.a[0].b` where it is read; None for anything else."""
+    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+        place: Any = node.attr
+    elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+        place = node.slice.value
+    else:
+        return None
+    if isinstance(node.value, ast.Name):
+        return str(place) if node.value.id == "self" else None
+    inner = _path(node.value)
+    return None if inner is None else f"{inner}.{place}"
+
+
+def _only_looks(parent: ast.AST) -> bool:
+    if isinstance(parent, ast.Call):
+        return isinstance(parent.func, ast.Name) and parent.func.id == "isinstance"
+    return isinstance(parent, ast.Attribute) and parent.attr in LOOKS
+
+
+def weights_taken(module: nn.Module, method: str = "forward") -> dict[str, bool]:
+    """Paths of the layers whose weight a method takes, and whether it calls them too; through methods of children."""
+    read, called, _ = uses(type(module), method)
+    found = {path: not path or path in called for path in sorted(read)}
+    for path in sorted(called):
+        owner, _, name = path.rpartition(".")
+        child = _child(module, owner)
+        if child is not None and name not in child._modules and callable(getattr(type(child), name, None)):
+            found |= {f"{owner}.{inner}".strip("."): calls for inner, calls in weights_taken(child, name).items()}
+    return found
+
+
+def _child(module: nn.Module, path: str) -> nn.Module | None:
+    """What is at `path` inside of a module."""
+    child: nn.Module | None = module
+    for part in path.split("."):
+        child = None if child is None else child._modules.get(part)
+    return child
+
+
+class ShowWeights:
+    """Hook before the forward of a module: puts the weights that it takes in place, and its own input on the grid."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for path in self.paths:
+            layer = module.get_submodule(path)
+            if isinstance(layer, TrainingLayer):
+                vars(layer)["weight"] = layer.quantized_weight()
+        if "" not in self.paths or "" in uses(type(module)).called:
+            return None
+        if args:
+            return (module.quantized_input(args[0]), *args[1:]), kwargs
+        first = next(iter(kwargs))
+        return args, kwargs | {first: module.quantized_input(kwargs[first])}
+
+
+class HideWeights:
+    """Hook after it, an error included: the parameters again."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        for path in self.paths:
+            vars(module.get_submodule(path)).pop("weight", None)
+
+
+def show_weights(module: nn.Module, paths: list[str]) -> None:
+    """From now on, what `module` takes of the layers at `paths` is on the grid."""
+    module.register_forward_pre_hook(ShowWeights(paths), with_kwargs=True)
+    module.register_forward_hook(HideWeights(paths), always_call=True)
+
+
+def hide_weights(module: nn.Module) -> None:
+    """End [`show_weights`]."""
+    hooks: list[dict[int, Any]] = [module._forward_pre_hooks, module._forward_hooks]
+    for registered in hooks:
+        for key in [key for key, hook in registered.items() if isinstance(hook, (ShowWeights, HideWeights))]:
+            del registered[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)

@@ -23,12 +23,15 @@ def fast_inference(model: M, enabled: bool = True) -> M:
     A packed model is exact by default: `pack_model` promises outputs bit-identical to training's. Here the sums of a
     layer are added up in another order, so its outputs differ from the exact ones by float32 rounding: by at most
     2e-6 of the sum of all `|weight * input|` in float32. A bfloat16 model's weights are not rounded to bfloat16 before
-    they are multiplied, its outputs differ by about one unit of bfloat16. The output for one input depends neither on
-    the other inputs of the batch nor on the number of threads.
+    they are multiplied, its outputs differ by about one unit of bfloat16. On a CPU the output for one input depends
+    neither on the other inputs of the batch nor on the number of threads; on a GPU it repeats bit by bit, but may
+    depend on how many inputs there are. With more than 16 of them a GPU does what it does in exact evaluation.
 
-    Applies to Linear and transformers' Conv1D layers on the CPU in float32 and bfloat16; before it is used, the kernel
-    is checked against the exact path. Other layers (and these in other dtypes, on other devices and without a C
-    compiler) stay exact; what could not be switched is logged. The setting is not saved with the model.
+    Applies to Linear and transformers' Conv1D layers, on the CPU in float32 and bfloat16, on CUDA devices with Triton
+    in float16 too (never run on one yet, see docs/deploy.md); before it is used, the kernel is checked against the
+    exact path. Other layers (and these in other dtypes, on other devices, without a C compiler or Triton, and in
+    groups that the kernel does not take) stay exact; what could not be switched is logged. The setting is not saved
+    with the model, and is to be made on the device that the model is to run on.
 
     Args:
         model (`nn.Module`): A packed model, from `pack_model` or `from_pretrained`.

@@ -7,10 +7,7 @@ traced by `torch.compile`, the kernels are called through operators that it need
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
-import subprocess
 from types import ModuleType
 from typing import Any
 
@@ -18,9 +15,8 @@ import torch
 from torch import Tensor
 
 from ..spec import MIN_BITS, RAREST, last_centered_level, level_bounds
+from .launch import load_kernels, on
 from .layout import Layout, find_layout, in_memory_order_of
-
-logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TILE = 1024  # elements, by 4 warps: 8 a thread, which are whole 16-byte accesses in 2-byte dtypes
@@ -85,18 +81,8 @@ def _available() -> bool:
 
 @functools.cache
 def _kernels() -> ModuleType | None:
-    """The kernels, if Triton is there and has what it needs to launch them."""
-    try:
-        import triton
-
-        from . import grid_triton
-
-        if isinstance(grid_triton.forward, triton.JITFunction):  # else it is interpreted, which needs no device
-            triton.runtime.driver.active.get_current_target()
-    except (ImportError, RuntimeError, OSError, AssertionError, subprocess.SubprocessError) as error:
-        logger.info("the Triton kernels are not available, torch operations do their work: %s", error)
-        return None
-    return grid_triton
+    """The kernels, if they can be launched."""
+    return load_kernels("grid_triton")
 
 
 def _quantize(
@@ -104,7 +90,7 @@ def _quantize(
 ) -> Tensor:
     rows, columns, pieces, programs, meta = _plan(x, alpha, keep)
     out = torch.empty_like(x)
-    with _on(x):
+    with on(x):
         _grid().forward[(programs,)](
             x, alpha, keep, seed, out, rows, columns, pieces, *level_bounds(bits, signed),
             last_centered_level(signed, centered), **meta,
@@ -131,7 +117,7 @@ def _gradients(
     alpha_sums = torch.empty(along, alpha.numel(), dtype=torch.float32, device=x.device)
     keep_sums = torch.empty(programs * pieces if of_keep else 0, count, dtype=torch.float32, device=x.device)
     grad_x = torch.empty_like(x)
-    with _on(x):
+    with on(x):
         _grid().backward[(programs,)](
             x, alpha, keep, seed, noise, in_memory_order_of(x, g), grad_x, alpha_sums, keep_sums, rows, columns,
             pieces, *level_bounds(bits, signed), last_centered_level(signed, centered), alpha_scale, RAREST,
@@ -175,11 +161,6 @@ def _grid() -> ModuleType:
     kernels = _kernels()
     assert kernels is not None
     return kernels
-
-
-def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which a model over several has not set."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
 _SHARED = "Tensor x, Tensor alpha, Tensor? keep, Tensor? seed"

@@ -3,8 +3,11 @@
     python recipes/benchmarks/inference.py                 # a few minutes on two cores; --device cuda on a GPU
 
 Models have the shapes of known ones and random weights: speed does not depend on values. All methods take turns within
-a round; the table has medians of times, and medians of ratios to float32 within a round. Peers that are not installed
-are left out with a line that says so. Peers run in bfloat16, for which they are made; CPQ runs in float32.
+a round; the table has medians of times, and medians of ratios to float32 and bfloat16 within a round. Peers that are
+not installed are left out with a line that says so. Peers run in bfloat16, for which they are made; CPQ runs in
+float32 on a CPU and in bfloat16 on a GPU. There every method is timed once more as a CUDA graph, which leaves out
+Python and its launches, and the layer is a stack of 16, whose weights do not fit into the GPU's cache. The part `load`
+is about the CPU.
 """
 
 from __future__ import annotations
@@ -51,6 +54,7 @@ class Arguments:
 
 
 Step = Callable[[], object]
+GRAPH = ", CUDA graph"
 LLAMA = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
 
 
@@ -70,6 +74,20 @@ def resnet() -> nn.Module:
 def seeded(build: Callable[[], nn.Module], device: str) -> nn.Module:
     torch.manual_seed(0)
     return build().eval().to(device)
+
+
+def captured(step: Step) -> Step:
+    """The same step as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles and allocates what cannot be captured
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def cpq(model: nn.Module, args: Arguments) -> nn.Module:
@@ -110,6 +128,7 @@ def models(build: Callable[[], nn.Module], args: Arguments, skip: tuple[str, ...
     """`{method: model}`, all of the same weights; CPQ's two are one model, see [`timed`]."""
     found = {"float32": seeded(build, args.device), "bfloat16": seeded(build, args.device).bfloat16()}
     packed = pack_model(cpq(seeded(build, args.device), args))
+    packed = packed if args.device == "cpu" else packed.bfloat16()
     found |= {"CPQ exact": packed, "CPQ fast": packed}
     for name, (distribution, quantize) in PEERS.items():
         if name not in skip and installed(distribution):
@@ -123,13 +142,22 @@ def timed(title: str, steps: dict[str, Step], models: dict[str, nn.Module], item
 
     def switch(name: str) -> None:
         if name.startswith("CPQ"):
-            fast_inference(models[name], name == "CPQ fast")
+            fast_inference(models["CPQ fast"], name.startswith("CPQ fast"))
 
-    times = paired(steps, args.rounds, warmup=2, before=switch)
-    print(f"\n| {title} | ms | a second | speed of float32 |\n|---|---|---|---|")
+    print(f"\n| {title} | ms | a second | speed of float32 | of bfloat16 |\n|---|---|---|---|---|")
+    graphs: dict[str, Step] = {}
+    for name, step in steps.items() if args.device != "cpu" else ():
+        switch(name)
+        try:
+            graphs[name + GRAPH] = captured(step)
+        except RuntimeError as error:
+            print(f"{name} as a CUDA graph: {error}")
+    times = paired(steps | graphs, args.rounds, warmup=2, before=switch)
     for name, values in times.items():
-        speed = 1 / ratio(times, name, "float32")
-        print(f"| {name} | {median(values) * 1e3:.2f} | {items / median(values):.1f} | {speed:.2f} |", flush=True)
+        rivals = [rival + GRAPH if name in graphs else rival for rival in ("float32", "bfloat16")]
+        speeds = [f"{1 / ratio(times, name, rival):.2f}" if rival in times else "" for rival in rivals]
+        cells = [name, f"{median(values) * 1e3:.3f}", f"{items / median(values):.1f}", *speeds]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def decoder_step(model: nn.Module, batch: int, context: int = 32) -> Step:
@@ -138,21 +166,25 @@ def decoder_step(model: nn.Module, batch: int, context: int = 32) -> Step:
     tokens = torch.randint(32000, (batch, context + 1), device=device)
     with torch.inference_mode():
         model(tokens[:, :context], past_key_values=cache)
+    before = [(layer.keys, layer.values) for layer in cache.layers]
 
     def step() -> None:
         model(tokens[:, context:], past_key_values=cache)
-        cache.crop(-1)
+        for layer, (keys, values) in zip(cache.layers, before, strict=True):
+            layer.keys, layer.values = keys, values
 
     return step
 
 
 def one_layer(args: Arguments) -> None:
-    found = models(lambda: nn.Sequential(nn.Linear(4096, 4096, bias=False)), args)
+    count = 1 if args.device == "cpu" else 16
+    found = models(lambda: nn.Sequential(*(nn.Linear(4096, 4096, bias=False) for _ in range(count))), args)
     for batch in (1, 4, 16):
         x = torch.randn(batch, 4096, device=args.device)
-        inputs = {name: x if name in ("float32", "CPQ exact", "CPQ fast") else x.bfloat16() for name in found}
+        in_float32 = ("float32",) if args.device != "cpu" else ("float32", "CPQ exact", "CPQ fast")
+        inputs = {name: x if name in in_float32 else x.bfloat16() for name in found}
         steps = {name: partial(model, inputs[name]) for name, model in found.items()}
-        timed(f"Linear 4096 -> 4096, batch {batch}", steps, found, batch, args)
+        timed(f"{count} x Linear 4096 -> 4096, batch {batch}", steps, found, batch, args)
 
 
 def whole_models(args: Arguments) -> None:
@@ -231,8 +263,9 @@ def loading(args: Arguments) -> None:
 def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     transformers.utils.logging.disable_progress_bar()
+    device = args.device if args.device == "cpu" else torch.cuda.get_device_name(args.device)
     print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, {args.device}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, {device}, "
         f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, CPQ {args.bits} bits per {args.granularity}, "
         f"{args.rounds} rounds"
     )

@@ -7,10 +7,10 @@ from typing import TypeVar
 
 from torch import nn
 
+from .contents import packed_layers
 from .errors import CPQError
 from .kernels import packed as kernel
 from .nn import PackedConv1D, PackedLinear
-from .surgery import packed_layers
 
 logger = logging.getLogger(__name__)
 

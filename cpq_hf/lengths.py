@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .contents import quantizers
 from .errors import CPQError
 from .quantizer import Quantizer, WeightQuantizer
 from .sharding import assign_whole, whole
-from .surgery import quantizers
 
 TRAVEL = 15.0  # how far a logit can move while widths are learned; from sure to unlikely is about 7
 # The multiplier is the sum of an integral (dual ascent) and a proportional part, which damps it, both in units of the

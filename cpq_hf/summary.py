@@ -11,11 +11,7 @@ import torch
 from torch import nn
 
 from . import kernels
-from .errors import CPQError
-from .nn import TrainingLayer
-from .packing import words_per_row
-from .spec import MAX_BITS, LayerSpec
-from .surgery import (
+from .contents import (
     layer_kind,
     packed_layers,
     quantized_parameter_names,
@@ -23,6 +19,10 @@ from .surgery import (
     quantizers,
     training_layers,
 )
+from .errors import CPQError
+from .nn import TrainingLayer
+from .packing import words_per_row
+from .spec import MAX_BITS, LayerSpec
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,26 @@
-"""Change models: prepare them for training, calibrate, pack. Only this file and selection.py walk a model."""
+"""Change models: prepare them for training, calibrate, pack. Walks them with contents.py and selection.py only."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from .contents import (
+    packed_layers,
+    plan_of,
+    prepared_module,
+    quantizer_parameter_names,
+    quantizers,
+    training_layers,
+)
 from .errors import CPQError
 from .nn import (
-    SUFFIX,
     ExpertWeight,
     PackedExpertWeight,
-    PackedLayer,
     TrainingLayer,
     empty_tensors,
     float_class_of,
@@ -33,68 +38,13 @@ from .nn import (
     weights_taken,
 )
 from .plan import QuantizationPlan
-from .quantizer import ActivationQuantizer, Quantizer
+from .quantizer import ActivationQuantizer
 from .selection import Candidate, candidates, join, select
-from .sharding import is_sharded, local
+from .sharding import is_sharded
 from .spec import LayerSpec
 
 logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
-
-
-def training_layers(model: nn.Module) -> Iterator[tuple[str, TrainingLayer]]:
-    """`(name, layer)` of every layer that trains on a grid; a stacked weight of experts has the weight's name."""
-    return (
-        (name.removesuffix(SUFFIX) if isinstance(module, ExpertWeight) else name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, TrainingLayer)
-    )
-
-
-def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
-    """`(name, layer)` of every packed layer."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLayer))
-
-
-def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
-    """`(name, quantizer)` of every quantizer, of weights and of activations."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, Quantizer))
-
-
-def transformers_models(model: nn.Module) -> Iterator[PreTrainedModel]:
-    """The model and those inside of it that are of transformers, each with a config."""
-    return (module for module in model.modules() if isinstance(module, PreTrainedModel))
-
-
-def quantizer_parameter_names(model: nn.Module) -> set[str]:
-    """Names of all parameters that belong to quantizers."""
-    return {f"{name}.{key}" for name, module in quantizers(model) for key, _ in module.named_parameters(recurse=False)}
-
-
-def quantized_parameter_names(model: nn.Module) -> set[str]:
-    """Names of all float parameters that layers which train put on a grid."""
-    return {name if isinstance(layer, ExpertWeight) else f"{name}.weight" for name, layer in training_layers(model)}
-
-
-def plan_of(model: nn.Module) -> QuantizationPlan:
-    """The plan a model was prepared with; `CPQError` if it was not."""
-    return _prepared_module(model).cpq_plan
-
-
-def _prepared_module(model: nn.Module) -> Any:
-    """The module that was prepared, inside of whatever wraps it; `CPQError` if there is none."""
-    for module in model.modules():  # a wrapper (DDP, a compiled module) comes first and does not carry the plan
-        if "cpq_plan" in vars(module):
-            return module
-    if any(True for _ in packed_layers(model)):
-        raise CPQError(
-            "the model is packed: its weights are integers and cannot be trained, calibrated or packed again. Use the "
-            "checkpoint that was saved before packing"
-        )
-    raise CPQError(
-        "the model is not prepared for training: load it with `quantization_config=CPQConfig(...)` or call "
-        "`cpq_hf.prepare_model(model, CPQConfig(...))`"
-    )
 
 
 # --- prepare ---------------------------------------------------------------------------------------------------------
@@ -196,19 +146,6 @@ def check_finite(name: str, weight: Tensor) -> None:
         raise CPQError(f"the weight of `{name}` holds NaN or infinite values; it cannot be quantized")
 
 
-@torch.no_grad()
-def first_not_finite(model: nn.Module) -> str | None:
-    """Name of the first trained parameter that holds NaN or infinite values; of a sharded model, in this process."""
-    trained = {name: local(p.detach()) for name, p in model.named_parameters() if p.requires_grad and p.numel()}
-    tensors = {name: tensor for name, tensor in trained.items() if tensor.numel()}
-    largest = torch._foreach_norm(list(tensors.values()), ord=torch.inf)
-    if not largest or bool(
-        torch.isfinite(torch.stack([norm.float().to(largest[0].device) for norm in largest])).all()
-    ):
-        return None
-    return next(name for name, norm in zip(tensors, largest, strict=True) if not bool(torch.isfinite(norm)))
-
-
 def _fitting_candidates(model: nn.Module, layers: Mapping[str, LayerSpec]) -> dict[str, Candidate]:
     """The float layers that a table names; `CPQError` if one is not there or does not fit its entry."""
     found = candidates(model)
@@ -293,17 +230,12 @@ def calibrate_model(model: M, batches: Iterable[Mapping[str, Any] | Tensor]) -> 
     return model
 
 
-def is_calibrated(model: nn.Module) -> bool:
-    """Whether every quantizer of an activation knows its range."""
-    return all(item.calibrated for _, item in quantizers(model) if isinstance(item, ActivationQuantizer))
-
-
 # --- pack ------------------------------------------------------------------------------------------------------------
 
 
 def pack(model: nn.Module) -> dict[str, LayerSpec]:
     """Replace every layer that trains by its packed form, in place. Nothing is changed if it raises."""
-    prepared = _prepared_module(model)
+    prepared = prepared_module(model)
     layers = dict(training_layers(model))
     if any(is_sharded(parameter) for parameter in model.parameters()):
         raise CPQError(
@@ -386,8 +318,3 @@ def dequantize(model: nn.Module) -> bool:
         hide_weights(module)
         vars(module).pop("cpq_plan", None)
     return lost
-
-
-def layer_kind(layer: nn.Module) -> str:
-    """Name of a layer's row in the table of layers."""
-    return row_of(layer).name

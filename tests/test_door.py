@@ -26,7 +26,7 @@ from cpq_hf import (
     summarize,
     verify_checkpoint,
 )
-from cpq_hf.surgery import training_layers
+from cpq_hf.contents import training_layers
 
 # what models of the test set warn of by themselves: GPT-2's config has no loss type, Mamba's kernels are not there
 EXPECTED_LOGS = (

@@ -22,11 +22,11 @@ from transformers import AutoModel, BertConfig, BertForMaskedLM, PreTrainedModel
 
 import cpq_hf
 from cpq_hf import CPQConfig, CPQError, calibrate_model, export_compressed_tensors, pack_model, prepare_model
+from cpq_hf.contents import packed_layers
 from cpq_hf.export import compressed_tensors, plain, reload, stored
 from cpq_hf.export.containers import Container, choose_containers, contained
 from cpq_hf.packing import unpack
 from cpq_hf.spec import WeightSpec
-from cpq_hf.surgery import packed_layers
 
 # compressed-tensors calls what it deprecated itself, and shows its progress
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:compressed_tensors")

@@ -24,9 +24,9 @@ from cpq_hf import (
     prepare_model,
     summarize,
 )
+from cpq_hf.contents import quantizers
 from cpq_hf.lengths import assign, ties
 from cpq_hf.schedule import learning_steps
-from cpq_hf.surgery import quantizers
 
 LEARN = {"weight_bits": 5, "learn_bits": True, "target_bits": 3.0}
 

@@ -23,11 +23,11 @@ from huggingface_hub import save_torch_state_dict
 from packaging.version import Version
 from transformers import PreTrainedModel
 
+from ..contents import layer_kind, packed_layers
 from ..errors import CPQError
 from ..nn import PackedLayer
 from ..spec import MAX_BITS, MIN_BITS
 from ..summary import summarize
-from ..surgery import layer_kind, packed_layers
 from ..version import __version__
 from .containers import Container, choose_containers, partly_packed
 from .initialized import initialized_by_name

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..contents import packed_layers, training_layers
 from ..errors import CPQError
 from ..nn import PackedExpertWeight
-from ..surgery import packed_layers, training_layers
 from .onnx_lowering import Lowering
 from .onnx_trace import (
     DynamicShapes,

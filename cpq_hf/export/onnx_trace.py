@@ -15,9 +15,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..contents import packed_layers
 from ..errors import CPQError
 from ..nn import PackedConv1D, PackedEmbedding, PackedLayer, PackedLinear
-from ..surgery import packed_layers
 from .onnx_lowering import DOMAIN, opset
 
 SUM_ERROR = 3e-7  # of a float32 sum, in parts of the largest

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..contents import layer_kind
 from ..nn import PackedLayer
 from ..spec import ActivationSpec
-from ..surgery import layer_kind
 from .containers import Container
 
 FORMAT = "pack-quantized"

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from ..contents import layer_kind
 from ..errors import CPQError
 from ..nn import PackedLayer
-from ..surgery import layer_kind
 from .containers import Container, contained
 from .plain import checksum
 

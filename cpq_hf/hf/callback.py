@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .. import surgery
+from .. import contents
 from ..controller import CPQController
 from ..errors import CPQError
 from ..plan import QuantizationPlan
@@ -85,7 +85,7 @@ class CPQCallback(TrainerCallback, ExportableState):
         _refuse_to_pack_shards(self.pack, model)
         _warn_about_decay(model, optimizer)
         if args.deepspeed:
-            _refuse_under_deepspeed(surgery.plan_of(model))
+            _refuse_under_deepspeed(contents.plan_of(model))
         self.controller = CPQController(model, optimizer, state.max_steps)
         self._counts_by_hand = bool(args.deepspeed)
         if self._counts_by_hand:
@@ -100,7 +100,7 @@ class CPQCallback(TrainerCallback, ExportableState):
             callbacks: Any = state.stateful_callbacks or {}
             saved = callbacks.get(type(self).__name__, {}).get("attributes", {}).get("controller_state")
             self.controller.load_state_dict(saved or {"step": state.global_step})
-        if args.torch_compile and not surgery.is_calibrated(model):
+        if args.torch_compile and not contents.is_calibrated(model):
             torch.compiler.set_stance("force_eager")  # the first step calibrates, which cannot be compiled
             self._waits_for_calibration = True
 
@@ -160,7 +160,7 @@ class CPQCallback(TrainerCallback, ExportableState):
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero and any(True for _ in surgery.packed_layers(kwargs["model"])):
+        if state.is_world_process_zero and any(True for _ in contents.packed_layers(kwargs["model"])):
             place = args.hub_model_id or Path(str(args.output_dir)).name
             take_over_from_trainer(kwargs["model"], Path(str(args.output_dir)), place)
 
@@ -218,7 +218,7 @@ def _refuse_to_pack_shards(pack: bool, model: nn.Module) -> None:
 
 
 def _warn_about_decay(model: nn.Module, optimizer: Any) -> None:
-    ours = {id(p) for _, quantizer in surgery.quantizers(model) for p in quantizer.parameters(recurse=False)}
+    ours = {id(p) for _, quantizer in contents.quantizers(model) for p in quantizer.parameters(recurse=False)}
     decayed = any(
         group.get("weight_decay", 0) > 0 and any(id(parameter) in ours for parameter in group["params"])
         for group in optimizer.param_groups

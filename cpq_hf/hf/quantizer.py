@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
-from .. import surgery
+from .. import contents, surgery
 from ..errors import CPQError
 from ..selection import candidates, select, tied_groups
 from ..spec import LayerSpec
@@ -146,7 +146,7 @@ def attach(model: Any, config: CPQConfig) -> None:
     model.config.quantization_config = config
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
-    for part in surgery.transformers_models(model):
+    for part in contents.transformers_models(model):
         part.config._is_quantized = True  # a few models compute otherwise then (FalconMamba, Jamba)
     _save_as_given(model)
 
@@ -239,7 +239,7 @@ def _renamed(layers: dict[str, LayerSpec], rename: Callable[[str], str]) -> dict
 
 
 def _check_all_loaded(model: nn.Module) -> None:
-    names = surgery.quantizer_parameter_names(model)
+    names = contents.quantizer_parameter_names(model)
     absent = [
         name
         for name, parameter in model.named_parameters()

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .. import surgery
+from .. import contents
 from ..errors import CPQError
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def _is_whole(folder: Path) -> bool:
 
 def check_not_diverged(model: nn.Module, state: TrainerState) -> None:
     """Raise `CPQError` if a parameter is NaN or infinite."""
-    name = surgery.first_not_finite(model)
+    name = contents.first_not_finite(model)
     if name is not None:
         raise CPQError(
             f"training has diverged: at step {state.global_step} `{name}` holds NaN or infinite values. Nothing of it "

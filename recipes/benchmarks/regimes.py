@@ -20,8 +20,8 @@ from report import spread
 from tasks import TASKS, Task
 
 ESTIMATORS = {"lsq": "LSQ", "cpq-ste": "straight-through", "cpq-plain": "CPQ's estimator"}
-ADAMW_RATES = {"resnet": (6e-3, 18e-3, 54e-3, 108e-3), "mobilenet": (2e-3, 6e-3, 18e-3)}
-SGD_RATES = {"resnet": (0.03, 0.1, 0.3, 1.0), "mobilenet": (0.03, 0.1, 0.3)}
+ADAMW_RATES = {"resnet": (6e-3, 18e-3, 54e-3, 108e-3), "mobilenet": (6e-4, 2e-3, 6e-3, 18e-3)}
+SGD_RATES = {"resnet": (0.03, 0.1, 0.3, 1.0), "mobilenet": (0.01, 0.03, 0.1, 0.3)}
 
 
 def settings(task: Task, name: str, optimizer: str, lr: float, seed: int, results: Results) -> Settings:

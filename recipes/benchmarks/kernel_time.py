@@ -69,6 +69,7 @@ def quantizers(
     lsq = LSQ(bits, signed=True, channels=scales).to(device)
     steps = {"copy": lambda: weight.detach().clone(), "LSQ": plain(lsq)}
     if compiled:
+        torch._dynamo.reset()  # which after eight forms would compile no other
         steps["LSQ compiled"] = plain(torch.compile(lsq))
     scale = alpha.detach().flatten().requires_grad_()
     zero, bounds = torch.zeros_like(scale), (*level_bounds(bits, True), 1.0)

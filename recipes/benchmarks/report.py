@@ -108,7 +108,7 @@ def table(results: Results, task: Task, bits: tuple[int, int], seeds: int) -> st
 
 def plot_metric(results: Results, seeds: int, path: Path) -> None:
     """The metric against the bit-width of weights, one panel a task."""
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure, legend = Figure(figsize=(11, 7.5), layout="constrained"), {}
     for axes, task in zip(figure.subplots(2, 2).flat, list(TASKS.values())[:4], strict=True):
         widths = {bits[0]: bits for bits in reversed(task.widths)}.values()  # of two, the first
         floats = [found["test"] for seed in range(seeds) if (found := results.get(float_settings(task, seed)))]
@@ -130,8 +130,10 @@ def plot_metric(results: Results, seeds: int, path: Path) -> None:
         axes.set_xlabel("bits of the weights")
         axes.set_ylabel(task.metric)
         axes.set_xticks(sorted({bits for bits, _ in task.widths}))
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize=7)
+        handles, labels = axes.get_legend_handles_labels()
+        legend |= dict(zip(labels, handles, strict=True))
+    if legend:
+        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=5, fontsize=8)
     figure.suptitle("Test metric, mean and standard deviation over seeds", fontsize=11)
     figure.savefig(path, dpi=110)
 

@@ -10,16 +10,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import CPQError
-from .nn import SUFFIX, ExpertWeight, PackedLayer, TrainingLayer, row_of
+from .nn import SUFFIX, PackedLayer, ParameterWeight, TrainingLayer, row_of, weight_name
 from .plan import QuantizationPlan
 from .quantizer import ActivationQuantizer, Quantizer
 from .sharding import local
 
 
 def training_layers(model: nn.Module) -> Iterator[tuple[str, TrainingLayer]]:
-    """`(name, layer)` of every layer that trains on a grid; a stacked weight of experts has the weight's name."""
+    """`(name, layer)` of every layer that trains on a grid; one that is a parameter of a module has that name."""
     return (
-        (name.removesuffix(SUFFIX) if isinstance(module, ExpertWeight) else name, module)
+        (name.removesuffix(SUFFIX) if isinstance(module, ParameterWeight) else name, module)
         for name, module in model.named_modules()
         if isinstance(module, TrainingLayer)
     )
@@ -47,7 +47,7 @@ def quantizer_parameter_names(model: nn.Module) -> set[str]:
 
 def quantized_parameter_names(model: nn.Module) -> set[str]:
     """Names of all float parameters that layers which train put on a grid."""
-    return {name if isinstance(layer, ExpertWeight) else f"{name}.weight" for name, layer in training_layers(model)}
+    return {weight_name(name, layer) for name, layer in training_layers(model)}
 
 
 def plan_of(model: nn.Module) -> QuantizationPlan:

@@ -237,13 +237,12 @@ class CPQController:
             return
         for index, layer in enumerate(self._layers.values()):
 
-            def note(
-                module: Any, inputs: tuple[Any, ...], output: Any, layer: Any = layer, index: int = index
-            ) -> None:
+            def note(module: Any, args: Any, kwargs: Any, output: Any, layer: Any = layer, index: int = index) -> None:
                 if module.training:
-                    self._counts[:, index] += torch.tensor(layer.count_uses(inputs, output), dtype=torch.float64)
+                    counted = layer.count_uses((*args, *kwargs.values()), output)
+                    self._counts[:, index] += torch.tensor(counted, dtype=torch.float64)
 
-            self._measuring.append(layer.owner.register_forward_hook(note))
+            self._measuring.append(layer.owner.register_forward_hook(note, with_kwargs=True))
 
     def _take_costs(self) -> None:
         if not self._measuring:

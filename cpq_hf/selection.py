@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from .errors import CPQError
 from .nn import (
+    ATTENTION,
     EXPERTS,
     LAYERS,
     Kind,
     PackedLayer,
     TrainingLayer,
     check_experts,
-    expert_weights,
+    is_covered,
     is_transposed,
     kind_of,
+    parameter_weights,
     weights_taken,
 )
 from .plan import QuantizationPlan, check_patterns, matches
@@ -30,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A float weight that can be quantized: that of a layer, or one stacked weight of fused experts."""
+    """A float weight that can be quantized: that of a layer, or a parameter of fused experts or torch's attention."""
 
     module: Any
     kind: Kind
@@ -59,7 +61,10 @@ def join(name: str, path: str) -> str:
 
 
 def candidates(model: nn.Module) -> dict[str, Candidate]:
-    """Every weight of a float model that can be quantized, by the dotted name of its layer (of experts: its own)."""
+    """Every weight of a float model that can be quantized, by the dotted name of its layer.
+
+    One of experts or attention, which is no layer's, has its own name.
+    """
     found = {}
     not_called = {
         join(name, path)
@@ -67,12 +72,18 @@ def candidates(model: nn.Module) -> dict[str, Candidate]:
         for path, called in weights_taken(module).items()
         if not called
     }
+    out_of_reach = {
+        join(name, "out_proj")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention) and not is_covered(module)
+    }
     for name, module in model.named_modules():
-        kind = kind_of(module) if name else None
+        kind = kind_of(module) if name and name not in out_of_reach else None
         if kind is not None:
             found[name] = Candidate(module, kind, called=name not in not_called)
-        for attribute in expert_weights(module):
-            found[join(name, attribute)] = Candidate(module, EXPERTS, attribute)
+        kind, parameters = parameter_weights(module)
+        for attribute in parameters:
+            found[join(name, attribute)] = Candidate(module, kind, attribute)
     return found
 
 
@@ -115,16 +126,17 @@ def select(model: nn.Module, plan: QuantizationPlan) -> dict[str, LayerSpec]:
         if name not in tied and _is_wanted(name, candidate, plan, heads):
             selected[name] = _spec(name, candidate, plan)
     _check_target(selected, plan)
-    types = ", ".join(kind.__name__ for kind in LAYERS)
+    layers = [cls.__name__ for cls, kind in LAYERS.items() if kind.name != ATTENTION.name]
+    types = ", ".join((*layers, "nn.MultiheadAttention", "fused experts"))
     if not known:
         raise CPQError(
-            f"{type(model).__name__} has no layer of a type that can be quantized ({types}, fused experts); "
+            f"{type(model).__name__} has no layer of a type that can be quantized ({types}); "
             "layers whose weight is computed (weight norm) and recurrent ones cannot be"
         )
     if not selected:
         raise CPQError(
             f"nothing would be quantized: of {len(known)} layers of a type that can be ("
-            f"{types}, fused experts), all are left out as output head, tied "
+            f"{types}), all are left out as output head, tied "
             "weight, embedding or by `modules_to_not_convert`"
         )
     _warn_of_uncovered(model, found, selected)

@@ -19,21 +19,23 @@ from .contents import (
 )
 from .errors import CPQError
 from .nn import (
-    ExpertWeight,
-    PackedExpertWeight,
+    PackedLayer,
+    PackedParameterWeight,
+    ParameterWeight,
     TrainingLayer,
     empty_tensors,
+    fit_class,
     float_class_of,
     hide_weights,
     quantized_class,
     row_of,
     show_weights,
     to_float,
-    to_float_experts,
+    to_float_parameter,
     to_packed,
-    to_packed_experts,
+    to_packed_parameter,
     to_training,
-    to_training_experts,
+    to_training_parameter,
     trained_tensors,
     weights_taken,
 )
@@ -65,21 +67,22 @@ def convert_to_training(model: Any, layers: Mapping[str, LayerSpec], plan: Quant
     found = _fitting_candidates(model, layers)
     for name, spec in _holders_first(layers):
         module, kind, attribute = found[name].module, found[name].kind, found[name].attribute
-        if kind.training is ExpertWeight:
-            to_training_experts(module, attribute, spec, plan.min_bits, name)
+        if issubclass(kind.training, ParameterWeight):
+            to_training_parameter(module, attribute, kind.training, spec, plan.min_bits, name)
         else:
             holder = None if spec.tied_to is None else found[spec.tied_to].module
             training_class = quantized_class(type(module), kind.training)
             to_training(module, training_class, spec, plan.min_bits, name, holder)
-    _show_weights_taken(model, layers)
+    _serve_weights(model, layers)
     model.cpq_plan = plan
     model.register_load_state_dict_pre_hook(_check_state)
     reset_schedule(model, plan)
 
 
-def _show_weights_taken(model: nn.Module, layers: Mapping[str, LayerSpec]) -> None:
-    """Let modules that take weights of these layers find them on the grid."""
+def _serve_weights(model: nn.Module, layers: Mapping[str, LayerSpec]) -> None:
+    """Let modules that compute with weights of these layers themselves find them on the grid."""
     for name, module in model.named_modules():
+        fit_class(module, [layer for layer in module.modules() if isinstance(layer, (TrainingLayer, PackedLayer))])
         hide_weights(module)
         taken = [path for path in weights_taken(module) if join(name, path) in layers]
         if taken:
@@ -256,16 +259,17 @@ def pack(model: nn.Module) -> dict[str, LayerSpec]:
     final = {name: trained_tensors(layer) for name, layer in layers.items()}
     for name, layer in layers.items():
         spec, tensors = final[name]
-        if isinstance(layer, ExpertWeight):
-            to_packed_experts(layer.owner, layer.attribute, spec, tensors)
+        packed_class = row_of(layer).packed
+        if isinstance(layer, ParameterWeight) and issubclass(packed_class, PackedParameterWeight):
+            to_packed_parameter(layer.owner, layer.attribute, packed_class, spec, tensors)
         else:
             holder = None if spec.tied_to is None else layers[spec.tied_to]
-            packed_class = quantized_class(float_class_of(layer), row_of(layer).packed)
+            packed_class = quantized_class(float_class_of(layer), packed_class)
             to_packed(layer, packed_class, spec, tensors, holder)
     model.eval()
     del prepared.cpq_plan
     packed = {name: layer.layer_spec() for name, layer in packed_layers(model)}
-    _show_weights_taken(model, packed)
+    _serve_weights(model, packed)
     return packed
 
 
@@ -288,12 +292,12 @@ def convert_to_packed(model: nn.Module, layers: Mapping[str, LayerSpec]) -> None
     for name, spec in _holders_first(layers):
         module, kind, attribute = found[name].module, found[name].kind, found[name].attribute
         tensors = empty_tensors(spec, found[name].weight.device)
-        if kind.packed is PackedExpertWeight:
-            to_packed_experts(module, attribute, spec, tensors)
+        if issubclass(kind.packed, PackedParameterWeight):
+            to_packed_parameter(module, attribute, kind.packed, spec, tensors)
         else:
             holder = None if spec.tied_to is None else found[spec.tied_to].module
             to_packed(module, quantized_class(type(module), kind.packed), spec, tensors, holder)
-    _show_weights_taken(model, layers)
+    _serve_weights(model, layers)
 
 
 @torch.no_grad()
@@ -310,11 +314,11 @@ def dequantize(model: nn.Module) -> bool:
     weights = {name: nn.Parameter(layers[name].quantized_weight()) for name in set(ties.values())}
     owners = {child: module for module in model.modules() for child in module._modules.values()}
     for name, layer in layers.items():
-        if isinstance(layer, (ExpertWeight, PackedExpertWeight)):
-            to_float_experts(owners[layer], name.rpartition(".")[2], weights[name])
+        if isinstance(layer, (ParameterWeight, PackedParameterWeight)):
+            to_float_parameter(owners[layer], name.rpartition(".")[2], weights[name])
         else:
             to_float(layer, float_class_of(layer), weights[ties[name]])
+    _serve_weights(model, {})
     for module in model.modules():
-        hide_weights(module)
         vars(module).pop("cpq_plan", None)
     return lost

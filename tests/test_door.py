@@ -31,6 +31,7 @@ from cpq_hf.contents import training_layers
 # what models of the test set warn of by themselves: GPT-2's config has no loss type, Mamba's kernels are not there
 EXPECTED_LOGS = (
     "`loss_type=None` was set",
+    *(f"Model config: {name}_token_id must be" for name in ("bos", "eos")),  # of SigLIP's default config, in any load
     *(f"`{name}` is falling back" for name in ("mamba_inner_fn", "causal_conv1d_fn", "selective_scan_fn")),
 )
 
@@ -51,6 +52,7 @@ HEADS |= {
     "resnet": "classifier.1",
     "bert-mlm": "cls.predictions.decoder",
     "clip": "text_projection",
+    "siglip": "vision_model.head.mlp.fc2",
     "whisper": "proj_out",
 }
 
@@ -122,7 +124,9 @@ def test_what_is_quantized_by_default(name):
     reparametrized = {
         f"{audio}.encoder.pos_conv_embed.conv" for audio in ("wav2vec2", "wavlm")
     } & matrices  # its weight is computed, by weight_norm
-    assert (matrices | experts) - set(report["layers"]) == {head} | reparametrized
+    attention = {f"{n}.in_proj_weight" for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
+    assert len(attention) == (name == "siglip")
+    assert (matrices | experts | attention) - set(report["layers"]) == {head} | reparametrized
     assert all(f"{name}.parametrizations.weight" in floats for name in reparametrized)
     assert len(experts) == {"mixtral": 4, "gpt-oss": 4, "qwen3-moe": 4}.get(name, 0)
     assert not {n for n, m in model.named_modules() if isinstance(m, nn.Embedding)} & set(report["layers"])

@@ -197,6 +197,13 @@ def test_architectures(name, tmp_path, caplog, in_process):
     assert floats <= set(ignored)
 
 
+def test_a_model_whose_layers_initialize_themselves_is_refused(tmp_path, in_process):
+    """SigLIP reaches for the weights of all its layers, those without a named parent too."""
+    with pytest.raises(CPQError, match="no quantized layer that transformers loads packed"):
+        export_compressed_tensors(packed("siglip", weight_bits=3), tmp_path / "out", example("siglip"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_experts_of_a_model_share_a_container(tmp_path, in_process):
     widths = {"model.layers.1.mlp.experts.down_proj": {"weight_bits": 6, "granularity": "group", "group_size": 8}}
     model = packed("qwen3-moe", weight_bits=3, overrides=widths)

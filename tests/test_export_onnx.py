@@ -106,6 +106,28 @@ def test_models(name, tmp_path):
     assert b"pkg.torch" not in path.read_bytes()  # notes of the exporter on the code it saw
 
 
+def test_attention_of_torch(tmp_path):
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True, norm_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.head(self.encoder(x))
+
+    x = torch.randn(3, 5, 16)
+    model = packed(Encoder(), x, weight_bits=4, activation_bits=8)
+    path = export_onnx(model, tmp_path / "model.onnx", {"x": x})
+    assert_close_in_most(run(path, {"x": x})[0], model(x))
+    stored = containers(path)
+    names = [
+        f"encoder.layers.{i}.self_attn.{name}" for i in range(2) for name in ("in_proj_weight", "out_proj.weight")
+    ]
+    assert {stored[name] for name in names} == {"INT4"}
+
+
 def test_shared_weight_is_stored_once(tmp_path):
     class Tied(nn.Module):
         def __init__(self):

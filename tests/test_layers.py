@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from cpq_hf import CPQConfig, CPQError, calibrate_model, pack_model, prepare_model
@@ -36,6 +37,10 @@ CASES = {
         lambda: nn.Conv1d(8, 6, 4, padding="same", padding_mode="replicate", dilation=2),
         lambda: torch.randn(2, 8, 15),
     ),
+    "conv3d-circular": (
+        lambda: nn.Conv3d(4, 6, (2, 3, 3), stride=(2, 1, 1), groups=2, padding_mode="circular"),
+        lambda: torch.randn(2, 4, 4, 5, 6),
+    ),
     "conv2d": (lambda: nn.Conv2d(6, 8, 2, stride=2), lambda: torch.randn(2, 6, 9, 9)),
     "conv2d-grouped": (lambda: nn.Conv2d(12, 6, 2, groups=3, bias=False), lambda: torch.randn(2, 12, 5, 5)),
     "conv2d-depthwise": (lambda: nn.Conv2d(8, 8, 4, groups=8, padding=1), lambda: torch.randn(2, 8, 6, 6)),
@@ -51,6 +56,7 @@ CASES = {
         lambda: nn.Conv2d(8, 4, 1, padding=1, padding_mode="replicate"),
         lambda: torch.randn(2, 8, 5, 5),
     ),
+    "out_proj": (lambda: NonDynamicallyQuantizableLinear(24, 8), lambda: torch.randn(5, 24)),  # see test_attention.py
     "embedding": (lambda: nn.Embedding(20, 12, padding_idx=0), lambda: torch.randint(20, (3, 7))),
 }
 

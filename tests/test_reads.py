@@ -197,10 +197,8 @@ def test_subclasses_come_back(packed):
 
 
 def test_what_is_more_than_a_layer_is_left_alone_and_reported():
-    model = nn.Sequential(
-        nn.Linear(4, 4), SeveralOutputs(4, 4), nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4)
-    )
-    model.append(nn.Linear(4, 2))
+    of_torch = torch.ao.nn.qat.Linear(4, 4, qconfig=torch.ao.quantization.get_default_qat_qconfig())
+    model = nn.Sequential(nn.Linear(4, 4), SeveralOutputs(4, 4), of_torch, nn.Linear(4, 2))
     report = summarize(prepare_model(model, CPQConfig())).to_dict()
     assert list(report["layers"]) == ["0"]
     assert list(report["not_quantized"]) == ["1", "2", "3"]

@@ -186,7 +186,7 @@ def _initialized_by_name(model: PreTrainedModel, layers: Mapping[str, PackedLaye
     there = {name for name, layer in layers.items() if _is_packed_there(layer)}
     by_name = initialized_by_name(model, [name for name in there if layer_kind(layers[name]) == "linear"])
     reason = (
-        "the `_init_weights` of its parent in transformers reaches for its weight by name, and fails if it is packed"
+        "the `_init_weights` of its model in transformers reaches for its weight by name, and fails if it is packed"
     )
     if by_name == there:
         raise CPQError(

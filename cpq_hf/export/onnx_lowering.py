@@ -8,7 +8,7 @@ their packed words into the file one by one, when it is written; they never exis
 | weight of `bits` bits    | `DequantizeLinear` of an initializer in the next container: INT2, INT4 or INT8        |
 | centred weight of 2 bits | odd multiples of half a step, `(2n + 1) * (alpha / 2)`, which is exact, in INT4       |
 | Linear, Conv1D           | `Gemm(x, DequantizeLinear([out, in]), transB=1)`                                      |
-| Conv2d                   | `Conv(x, DequantizeLinear([out, in, h, w]))`                                          |
+| Conv1d, Conv2d, Conv3d   | `Conv(x, DequantizeLinear([out, in, ...]))`                                           |
 | Embedding                | `DequantizeLinear(Gather(INT8 rows), Gather(scales))`: only the rows looked up        |
 | input of `bits` bits     | `Clip` below 8 bits, `QuantizeLinear` to INT8 or UINT8, `DequantizeLinear`            |
 
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..nn import PackedEmbedding, PackedLayer
+from ..nn import PackedEmbedding, PackedLayer, weight_name
 from ..packing import unpack
 from ..spec import WeightSpec, level_bounds
 
@@ -138,7 +138,7 @@ class Lowering:
         import onnx_ir as ir
 
         holder = layer.holder
-        weight, name = holder.spec.weight, self.name(holder) + (".weight_t" if transposed else ".weight")
+        weight, name = holder.spec.weight, weight_name(self.name(holder), holder) + ("_t" if transposed else "")
         size = 8 if id(holder) in self.looked_up else container(holder)
         matrix_only = weight.transposed or weight.granularity == "group"
         shape = (weight.rows, weight.columns) if matrix_only else (weight.rows, *weight.shape[1:])

@@ -13,7 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ..contents import layer_kind
 from ..errors import CPQError
-from ..nn import PackedLayer
+from ..nn import PackedLayer, weight_name
 from .containers import Container, contained
 from .plain import checksum
 
@@ -72,15 +72,14 @@ def stored_tensors(
     expected = {name: value for name, value in expected.items() if name not in skipped}
     experts: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        is_expert = layer_kind(layer) == "experts"
-        weight = name if is_expert else f"{name}.weight"
+        weight = weight_name(name, layer)
         if weight in tied or (layer.holder is not layer and name not in containers):
             continue
         dense = layer.quantized_weight()
         expected[weight] = checksum(dense)
         if name not in containers:
             stored[weight] = dense
-        elif is_expert:
+        elif layer_kind(layer) == "experts":
             experts |= _expert_tensors(model, name, layer, containers[name])
         else:
             stored |= _linear_tensors(name, layer, containers[name])

@@ -254,7 +254,7 @@ def _check_all_loaded(model: nn.Module) -> None:
 
 def _forget_ties(model: PreTrainedModel, layers: dict[str, LayerSpec]) -> None:
     """Packed layers have no weight parameter that could be tied."""
-    packed = {f"{name}.weight" for name in layers}
+    packed = {f"{name}.weight" for name in layers}  # parameters of experts and attention are never tied
     ties = model.all_tied_weights_keys
     for target, source in list(ties.items()):
         if target in packed or source in packed:

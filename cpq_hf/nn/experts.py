@@ -3,10 +3,6 @@
 transformers calls them `gate_up_proj` (or `up_proj`) and `down_proj`, `[experts, out, in]` or, with `is_transposed`,
 `[experts, in, out]`, and computes with them in several ways (a loop, batched, grouped). So the module keeps its
 forward, and for its duration finds the weights on the grid where it looks for its parameters.
-
-The quantizers of a weight live in a child module beside it, `gate_up_proj_quantizers`: a name that does not begin with
-the parameter's and a dot, for transformers would take such a tensor for a part of the weight when it renames
-parameters in a checkpoint. Once packed, the child takes the place and the name of the parameter.
 """
 
 from __future__ import annotations
@@ -16,15 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import CPQError
-from ..quantizer import WeightQuantizer
 from ..recompute import kept_as_recipes
 from ..spec import LayerSpec
-from .packed import PackedLayer, fill_packed
-from .training import TrainingLayer, register_input_quantizer, swap_class
+from .parameters import PackedParameterWeight, ParameterWeight, Refitted, grid_of
 
 INPUTS = ("gate_up_proj", "up_proj")
 OUTPUT = "down_proj"
-SUFFIX = "_quantizers"
 
 
 def expert_weights(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -39,31 +32,8 @@ def is_transposed(module: nn.Module) -> bool:
     return bool(getattr(module, "is_transposed", False))
 
 
-class ExpertWeight(TrainingLayer):
-    """The quantizers of one stacked weight and of its input; the weight is a parameter of `owner`."""
-
-    def __init__(self, owner: nn.Module, name: str, spec: LayerSpec, min_bits: int, layer_name: str) -> None:
-        super().__init__()
-        vars(self)["_owner"] = (owner,)  # a tuple, so that it is no child
-        self.attribute = name
-        device = self.weight.device
-        self.weight_quantizer = WeightQuantizer(spec.weight, min_bits, device)
-        register_input_quantizer(self, spec, min_bits, device, layer_name)
-
-    @property
-    def owner(self) -> nn.Module:
-        """The module of the experts."""
-        module: nn.Module = vars(self)["_owner"][0]
-        return module
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]  # others have it as a parameter
-        parameter = self.owner._parameters[self.attribute]
-        assert parameter is not None
-        return parameter
-
-    def quantized_weight(self) -> Tensor:
-        return self.weight_quantizer(self.weight)
+class ExpertWeight(ParameterWeight):
+    """The quantizers of one stacked weight and of its input."""
 
     def count_uses(self, inputs: tuple[Any, ...], output: Any) -> tuple[float, float]:
         """As for any layer; a token goes to some of the experts, on average over them."""
@@ -73,25 +43,19 @@ class ExpertWeight(TrainingLayer):
         return tokens * chosen / spec.shape[0], elements
 
 
-class PackedExpertWeight(PackedLayer):
+class PackedExpertWeight(PackedParameterWeight):
     """One stacked weight, packed."""
 
 
-class Experts(nn.Module):
-    """What the experts that train and the packed ones share; the classes are made for each class of experts."""
-
-    float_class: type[nn.Module]
-
-    def grid(self, name: str) -> TrainingLayer | PackedLayer | None:
-        """What quantizes the weight `name`, or None where it is left in floating point."""
-        return self._modules.get(name + SUFFIX) or self._modules.get(name)  # type: ignore[return-value]  # ours by name
+class Experts(Refitted):
+    """Experts with weights on the grid, in training and packed."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         parameters = self._parameters
         weights = dict(parameters)  # a copy: the parameters never leave the module, not even for the time of a call
         quantized: list[Tensor] = []
         for name in (*INPUTS, OUTPUT):  # loops, not comprehensions: torch.compile cannot look into their closures here
-            grid = self.grid(name)
+            grid = grid_of(self, name)
             if grid is not None:
                 quantized.append(grid.quantized_weight())
                 weights[name] = quantized[-1]  # type: ignore[assignment]  # no Parameter, for a call
@@ -107,19 +71,8 @@ class Experts(nn.Module):
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         hidden: Tensor = super()._apply_gate(gate_up)  # type: ignore[misc]  # the float class has it
-        down = self.grid(OUTPUT)
+        down = grid_of(self, OUTPUT)
         return hidden if down is None else down.quantized_input(hidden)
-
-
-_CLASSES: dict[type[nn.Module], type[Experts]] = {}
-
-
-def experts_class(float_class: type[nn.Module]) -> type[Experts]:
-    """The class that quantizes experts of `float_class`, always the same one."""
-    if float_class not in _CLASSES:
-        members = {"float_class": float_class, "__module__": __name__}
-        _CLASSES[float_class] = type(f"CPQ{float_class.__name__}", (Experts, float_class), members)
-    return _CLASSES[float_class]
 
 
 def check_experts(module: nn.Module, name: str, spec: LayerSpec) -> None:
@@ -135,35 +88,3 @@ def check_experts(module: nn.Module, name: str, spec: LayerSpec) -> None:
             f"the inputs of the experts `{name}` are out of reach with experts_implementation={implementation!r}: "
             f"load the model with experts_implementation='grouped_mm', or {remedy}"
         )
-
-
-def to_training_experts(module: Any, name: str, spec: LayerSpec, min_bits: int, layer_name: str) -> None:
-    """Put one stacked weight of a module on the grid, in place."""
-    layer = ExpertWeight(module, name, spec, min_bits, layer_name)
-    _become_experts(module)
-    module.register_module(name + SUFFIX, layer)
-
-
-def to_packed_experts(module: Any, name: str, spec: LayerSpec, tensors: dict[str, Tensor]) -> None:
-    """Put a packed weight in the place of one stacked weight, float or one that trained."""
-    layer = PackedExpertWeight()
-    fill_packed(layer, spec, module._parameters[name].dtype, tensors)
-    _become_experts(module)
-    module._modules.pop(name + SUFFIX, None)
-    del module._parameters[name]
-    module.register_module(name, layer)
-    module._is_hf_initialized = True
-
-
-def to_float_experts(module: Any, name: str, weight: nn.Parameter) -> None:
-    """Put a float weight back in its place; with the last one the module has its own class again."""
-    module._modules.pop(name + SUFFIX, None)
-    module._modules.pop(name, None)
-    module._parameters[name] = weight
-    if not any(isinstance(child, (ExpertWeight, PackedExpertWeight)) for child in module._modules.values()):
-        swap_class(module, module.float_class)
-
-
-def _become_experts(module: nn.Module) -> None:
-    if not isinstance(module, Experts):
-        swap_class(module, experts_class(type(module)))

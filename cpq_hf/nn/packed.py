@@ -135,6 +135,13 @@ class PackedConv1d(PackedLayer, nn.Conv1d):
         return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
+class PackedConv3d(PackedLayer, nn.Conv3d):
+    """`nn.Conv3d` from packed weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+
+
 class PackedConv1D(PackedLayer, Conv1D):  # type: ignore[misc]
     """transformers' `Conv1D` from packed weights."""
 

@@ -74,6 +74,13 @@ class CPQConv1d(TrainingLayer, nn.Conv1d):
         return multiply(self._conv_forward, self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
+class CPQConv3d(TrainingLayer, nn.Conv3d):
+    """`nn.Conv3d` on the grid, that of video models; any stride, dilation, groups and padding mode."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return multiply(self._conv_forward, self.quantized_input(input), self.quantized_weight(), self.bias)
+
+
 class CPQConv1D(TrainingLayer, Conv1D):  # type: ignore[misc]
     """transformers' `Conv1D` (a linear layer with its weight stored `[in, out]`) on the grid."""
 

@@ -22,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 from step_time import build
-from timing import Times, paired, ratio
+from timing import paired, ratio
 
 from cpq_hf import CPQConfig, CPQController, calibrate_model, prepare_model
 from cpq_hf.kernels import cpu
@@ -68,7 +68,7 @@ def weights_of(layers: int, bits: int, device: str) -> Callable[[], None]:
     return forward
 
 
-def measure(setting: dict[str, int], rounds: int, device: str) -> Times:
+def measure(setting: dict[str, int], rounds: int, device: str) -> dict[str, list[float]]:
     steps = {
         "float": step_of(False, device=device, **setting),
         "CPQ": step_of(True, device=device, **setting),

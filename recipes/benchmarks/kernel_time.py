@@ -4,11 +4,12 @@
     python recipes/benchmarks/kernel_time.py --millions 1 10 --bits 2 4 8 --compiled  # LSQ compiled, too
     python recipes/benchmarks/kernel_time.py --device cuda --millions 64 256 --dropbits
 
-LSQ is `lsq.py`, in eager PyTorch, and with `--compiled` by torch's own compiler; "torch learnable" is the fused fake
-quantization with a learned step that torch has. Forward reads the weight and writes one like it, backward reads two
-and writes one: 2.5 copies, so that 2.5 / "of a copy" is the share of the copy's bandwidth that is reached. On a GPU
-take weights large enough to hide what launching costs. (Not called kernels.py: transformers would take it for the
-package of that name.)
+All widths have their turns in the same rounds, so that a quantizer's time can be set against its own at the first
+width. LSQ is `lsq.py`, in eager PyTorch, and with `--compiled` by torch's own compiler; "torch learnable" is the
+fused fake quantization with a learned step that torch has. Forward reads the weight and writes one like it, backward
+reads two and writes one: 2.5 copies, so that 2.5 / "of a copy" is the share of the copy's bandwidth that is reached.
+On a GPU take weights large enough to hide what launching costs. (Not called kernels.py: transformers would take it
+for the package of that name.)
 """
 
 from __future__ import annotations
@@ -32,19 +33,18 @@ from cpq_hf.grid import fake_quantize, fake_quantize_dropped
 from cpq_hf.spec import level_bounds
 
 COLUMNS = 1024
-GRANULARITIES = {"tensor": lambda rows: (1, 1, 1), "channel": lambda rows: (rows, 1, 1),
-                 "group": lambda rows: (rows, COLUMNS // 128, 1)}  # fmt: skip
+GRANULARITIES = ("tensor", "channel", "group")  # groups of 128
 
 
 def quantizers(
-    millions: float, bits: int, granularity: str, device: str, compiled: bool, dropbits: bool, textbook_too: bool
+    weight: Tensor, g: Tensor, granularity: str, bits: int, compiled: bool, dropbits: bool, textbook_too: bool
 ) -> dict[str, Callable[[], object]]:
     """`{name: function that quantizes one weight and takes its gradient}`."""
-    torch.manual_seed(0)
-    rows = round(millions * 2**20 / COLUMNS)
-    shape = GRANULARITIES[granularity](rows)
-    weight = (torch.randn(rows, shape[1], COLUMNS // shape[1], device=device) * 0.05).requires_grad_()
-    g = torch.randn_like(weight)
+    device = weight.device
+    weight = weight.detach().unflatten(1, (-1, 128) if granularity == "group" else (1, -1)).requires_grad_()
+    g = g.view_as(weight)
+    scales = {"tensor": 1, "channel": weight.shape[0], "group": weight.shape[:2].numel()}[granularity]
+    shape = (*weight.shape[:2], 1) if granularity == "group" else (scales, 1, 1)
     alpha = torch.full(shape, 0.1 / 2 ** (bits - 1), device=device, requires_grad=True)
     noise = torch.tensor([0.2], device=device)
 
@@ -65,11 +65,10 @@ def quantizers(
 
         return forward_and_backward
 
-    scales, per_tensor = alpha.numel(), granularity == "tensor"
+    per_tensor = granularity == "tensor"
     lsq = LSQ(bits, signed=True, channels=scales).to(device)
     steps = {"copy": lambda: weight.detach().clone(), "LSQ": plain(lsq)}
     if compiled:
-        torch._dynamo.reset()  # which after eight forms would compile no other
         steps["LSQ compiled"] = plain(torch.compile(lsq))
     scale = alpha.detach().flatten().requires_grad_()
     zero, bounds = torch.zeros_like(scale), (*level_bounds(bits, True), 1.0)
@@ -157,22 +156,28 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {gpu}{platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()} "
         f"cores, float32, {args.rounds} rounds, CPQ kernel: {kernels.name(torch.device(args.device).type)}\n\n"
-        "| 2^20 elements | bits | granularity | quantizer | ms | of a copy | of LSQ |\n|---|---|---|---|---|---|---|"
+        "| 2^20 elements | step a | bits | quantizer | ms | of a copy | of LSQ | of the first width |\n"
+        "|---|---|---|---|---|---|---|---|"
     )
     for millions in args.millions:
+        torch.manual_seed(0)
+        weight = torch.randn(round(millions * 2**20 / COLUMNS), COLUMNS, device=args.device) * 0.05
+        g = torch.randn_like(weight)
         for granularity in args.granularities:
-            for bits in args.bits:
-                steps = quantizers(
-                    millions, bits, granularity, args.device, args.compiled, args.dropbits, args.textbook
-                )
-                times = paired(steps, args.rounds)
-                for name, values in times.items():
-                    of_lsq = f"{ratio(times, name, 'LSQ'):.2f}" if "LSQ" in times else "-"
-                    print(
-                        f"| {millions:g} | {bits} | {granularity} | {name} | {median(values) * 1e3:.2f} | "
-                        f"{ratio(times, name, 'copy'):.2f} | {of_lsq} |",
-                        flush=True,
-                    )
+            torch._dynamo.reset()  # which after eight forms would compile no other
+            steps = {
+                (bits, name): step
+                for bits in args.bits
+                for name, step in quantizers(
+                    weight, g, granularity, bits, args.compiled, args.dropbits, args.textbook
+                ).items()
+            }
+            times = paired(steps, args.rounds)
+            for (bits, name), values in times.items():
+                to = [(bits, "copy"), (bits, "LSQ"), next(key for key in times if key[1] == name)]
+                cells = [f"{millions:g}", granularity, str(bits), name, f"{median(values) * 1e3:.2f}"]
+                cells += [f"{ratio(times, (bits, name), other):.2f}" for other in to]
+                print(f"| {' | '.join(cells)} |", flush=True)
     if args.device == "cpu" and Path("/proc/self/clear_refs").exists():
         print("\nPeak memory that the quantizer of a 768x3072 weight (9.4 MB) adds at 4 bits, forward + backward")
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 import torch
 
-Times = dict[str, list[float]]
+Name = TypeVar("Name", bound=Hashable)
 
 
 def paired(
-    steps: dict[str, Callable[[], object]],
+    steps: dict[Name, Callable[[], object]],
     rounds: int,
     warmup: int = 3,
-    before: Callable[[str], object] = lambda name: None,
-) -> Times:
+    before: Callable[[Name], object] = lambda name: None,
+) -> dict[Name, list[float]]:
     """Seconds of each call, round by round. The order rotates, so that none always comes after the same.
 
     `before` is called with the name ahead of each call, and not timed.
     """
-    times: Times = {name: [] for name in steps}
+    times: dict[Name, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for number in range(warmup + rounds):
         turn = number % len(names)
@@ -42,7 +43,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def ratio(times: Times, name: str, to: str) -> float:
+def ratio(times: dict[Name, list[float]], name: Name, to: Name) -> float:
     """Median of the ratios within a round, which cancel what else the machine was doing."""
     return median(a / b for a, b in zip(times[name], times[to], strict=True))
 

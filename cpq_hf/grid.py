@@ -41,7 +41,8 @@ so that one `cosh` an element serves all boundaries and nothing overflows for s 
 
 **Memory.** O(1) an element whatever the bit-width: backward keeps `x` (the parameter itself) and, under DropBits, one
 byte an element, or a seed alone where the kernels draw the widths a second time (kernels/gpu.py); scratch tensors are
-reused in place. Arithmetic is float32 (float64 for float64 input); the output has the dtype of the input.
+reused in place. Arithmetic is float32 (float64 for float64 input); the output has the dtype of the input, or that
+which it will be multiplied in.
 
 Shapes: `x` is anything, `alpha` broadcasts against it (`[out, groups, 1]` against `[out, groups, group_size]`),
 `noise` is `[1]`.
@@ -74,6 +75,7 @@ def fake_quantize(
     signed: bool,
     alpha_gradient_scale: float = 1.0,
     centered: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Put `x` on the grid, with the gradients of the multi-class straight-through estimator.
 
@@ -85,12 +87,13 @@ def fake_quantize(
         signed (`bool`): Whether the grid has negative levels.
         alpha_gradient_scale (`float`, defaults to 1): Factor on the gradient of `alpha`.
         centered (`bool`): Whether a grid of 2 bits has its levels at -1.5, -0.5, 0.5 and 1.5 steps.
+        dtype (`torch.dtype`, *optional*): That of the result, to which it is rounded; by default that of `x`.
 
     Returns:
-        `Tensor`: `alpha * (clamp(round(x / alpha - o), lo, hi) + o)`, shape and dtype of `x`; `o` is 1/2 on a centred
-        grid, else 0.
+        `Tensor`: `alpha * (clamp(round(x / alpha - o), lo, hi) + o)`, shape of `x`; `o` is 1/2 on a centred grid,
+        else 0.
     """
-    return _Grid.apply(x, alpha, noise, None, None, bits, signed, alpha_gradient_scale, centered)
+    return _Grid.apply(x, alpha, noise, None, None, bits, signed, alpha_gradient_scale, centered, dtype or x.dtype)
 
 
 def fake_quantize_dropped(
@@ -103,6 +106,7 @@ def fake_quantize_dropped(
     min_bits: int,
     alpha_gradient_scale: float = 1.0,
     centered: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """As [`fake_quantize`], but every element draws its own bit-width from the global generator (DropBits).
 
@@ -114,7 +118,7 @@ def fake_quantize_dropped(
     # kernels that draw do not know the gradient of the noise
     seeded = not noise.requires_grad and keep.dtype == torch.float32 and _backend(x).draws(x, alpha)
     drawn = _draw_words(1, x.device) if seeded else draw_last_levels(x, keep, signed, min_bits)
-    return _Grid.apply(x, alpha, noise, keep, drawn, bits, signed, alpha_gradient_scale, centered)
+    return _Grid.apply(x, alpha, noise, keep, drawn, bits, signed, alpha_gradient_scale, centered, dtype or x.dtype)
 
 
 @torch.no_grad()
@@ -125,7 +129,7 @@ def quantize_again(node: Any) -> Tensor:
         node (`torch.autograd.graph.Node`): The `grad_fn` of that output, of a graph that backward has not freed.
     """
     x, alpha, _, keep, drawn = node.saved_tensors
-    return _quantize(x, alpha, keep, drawn, node.bits, node.signed, node.centered)
+    return _quantize(x, alpha, keep, drawn, node.bits, node.signed, node.centered, node.dtype)
 
 
 def draw_last_levels(x: Tensor, keep: Tensor, signed: bool, min_bits: int) -> Tensor:
@@ -194,15 +198,19 @@ def _backend(x: Tensor) -> ModuleType:
     return BACKENDS.get(x.device.type, cpu)  # the CPU's kernels decline what is not theirs
 
 
+_NO_MORE = (None,) * 6  # gradients of the arguments of `_Grid` from `drawn` on
+
+
 class _Grid(torch.autograd.Function):
     """`drawn`: None without DropBits; a seed, int64 `[1]`, where the kernels draw; else each element's last level."""
 
     # `ctx` has no usable type: torch declares `forward` with any arguments, and a typed override does not fit that
     @staticmethod
-    def forward(ctx, x, alpha, noise, keep, drawn, bits, signed, alpha_gradient_scale, centered):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, alpha, noise, keep, drawn, bits, signed, alpha_gradient_scale, centered, dtype):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, alpha, noise, keep, drawn)
         ctx.bits, ctx.signed, ctx.centered, ctx.alpha_gradient_scale = bits, signed, centered, alpha_gradient_scale
-        return _quantize(x, alpha, keep, drawn, bits, signed, centered)
+        ctx.dtype = dtype
+        return _quantize(x, alpha, keep, drawn, bits, signed, centered, dtype)
 
     @staticmethod
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
@@ -214,7 +222,7 @@ class _Grid(torch.autograd.Function):
             grid = x, alpha, bits, signed, centered, keep, drawn
             if (found := _backend(x).gradients(*grid, noise, grad_output, alpha_scale, of_keep)) is not None:
                 grad_x, grad_alpha, grad_keep = found
-                return grad_x, grad_alpha, None, grad_keep, None, None, None, None, None
+                return grad_x, grad_alpha, None, grad_keep, *_NO_MORE
         if keep is not None and ctx.needs_input_grad[3]:
             grad_keep = _keep_gradient(x, alpha, keep, drawn, grad_output, bits, signed, centered)
         lo, hi, coarser, offset = _own_grid(bits, signed, drawn, alpha.dtype, centered)
@@ -233,18 +241,25 @@ class _Grid(torch.autograd.Function):
             grad_alpha = level_gradient.sum_to_size(alpha.shape).mul_(alpha_scale)
         if ctx.needs_input_grad[0]:
             grad_x = density.mul_(g).to(x.dtype)
-        return grad_x, grad_alpha, grad_noise, grad_keep, None, None, None, None, None
+        return grad_x, grad_alpha, grad_noise, grad_keep, *_NO_MORE
 
 
 def _quantize(
-    x: Tensor, alpha: Tensor, keep: Tensor | None, drawn: Tensor | None, bits: int, signed: bool, centered: bool
+    x: Tensor,
+    alpha: Tensor,
+    keep: Tensor | None,
+    drawn: Tensor | None,
+    bits: int,
+    signed: bool,
+    centered: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
-    if (quantized := _backend(x).quantize(x, alpha, bits, signed, centered, keep, drawn)) is not None:
+    if (quantized := _backend(x).quantize(x, alpha, bits, signed, centered, keep, drawn, dtype)) is not None:
         return quantized
     lo, hi, coarser, offset = _own_grid(bits, signed, drawn, alpha.dtype, centered)
     own_alpha = alpha * coarser
     levels = _shift(_position(x, own_alpha), -offset).round_().clamp_(lo, hi)
-    return _shift(levels, offset).mul_(own_alpha).to(x.dtype)
+    return _shift(levels, offset).mul_(own_alpha).to(dtype)
 
 
 def _shift(v: Tensor, offset: Any) -> Tensor:

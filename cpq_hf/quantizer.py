@@ -131,10 +131,18 @@ class Quantizer(nn.Module):
         return self.min_bits + int((self.keep_probabilities() > 0.5).sum())
 
     def _quantize(
-        self, x: Tensor, shape: tuple[int, ...], signed: bool, elements: float, centered: bool = False
+        self,
+        x: Tensor,
+        shape: tuple[int, ...],
+        signed: bool,
+        elements: float,
+        centered: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """`x` on the grid, with DropBits in training; `shape` makes `log_alpha` broadcast against it."""
         alpha = self.log_alpha.exp().view(shape)
+        if x.dtype != torch.float32:  # autocast leaves a dtype below that to the operation itself
+            dtype = None
         keep = None
         learning = self.learning
         if self.training and learning:
@@ -148,9 +156,9 @@ class Quantizer(nn.Module):
                 keep = (1 - self.drop_rate).expand(bits - self.min_bits).cumprod(0)
         scale = gradient_scale(elements, bits, signed)
         if keep is None:
-            return remember(grid.fake_quantize(x, alpha, self.noise, bits, signed, scale, centered))
+            return remember(grid.fake_quantize(x, alpha, self.noise, bits, signed, scale, centered, dtype))
         return remember(
-            grid.fake_quantize_dropped(x, alpha, self.noise, keep, bits, signed, self.min_bits, scale, centered)
+            grid.fake_quantize_dropped(x, alpha, self.noise, keep, bits, signed, self.min_bits, scale, centered, dtype)
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
@@ -179,11 +187,11 @@ class WeightQuantizer(Quantizer):
     def __init__(self, spec: WeightSpec, min_bits: int, device: torch.device) -> None:
         super().__init__(spec, spec.scale_shape, min_bits, device)
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """Weight of any floating dtype -> the same shape and dtype, on the grid."""
+    def forward(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Weight of any floating dtype -> the same shape, on the grid, in `dtype` or its own."""
         spec = self.spec
         grouped = to_grouped(weight, spec)
-        quantized = self._quantize(grouped, self._shape, True, spec.elements_per_scale, spec.centered)
+        quantized = self._quantize(grouped, self._shape, True, spec.elements_per_scale, spec.centered, dtype)
         return passed_on(quantized, from_grouped(quantized, spec))
 
     def current_spec(self) -> WeightSpec:
@@ -251,8 +259,8 @@ class ActivationQuantizer(Quantizer):
         self._known_signed: bool | None = None  # what `signed` says, so that a step reads no tensor
         self._samples: list[Tensor] | None = None  # not None while calibration collects
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Input of any floating dtype -> the same shape and dtype, on the grid."""
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Input of any floating dtype -> the same shape, on the grid, in `dtype` or its own."""
         if self._samples is not None:
             self._samples.append(_sample(x))
             return x
@@ -269,7 +277,8 @@ class ActivationQuantizer(Quantizer):
             self.fit([_sample(x)])
             if not self.calibrated:  # nothing but zeros so far
                 return x
-        return self._quantize(x, (1,), bool(self._known_signed), x.numel() / max(1, x.shape[0]))
+        elements = x.numel() / max(1, x.shape[0])
+        return self._quantize(x, (1,), bool(self._known_signed), elements, dtype=dtype)
 
     def begin(self, noise: float) -> None:
         """As for any quantizer; and `signed` is not trained, which loading forgets when it replaces parameters."""

@@ -54,6 +54,12 @@ def passed_on(quantized: Tensor, view: Tensor) -> Tensor:
     return view
 
 
+def dtype_of_product(x: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast casts the operands of a product with `x`, None where it leaves them alone."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def multiply(operation: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`operation(x, weight, bias)`, a product, that keeps recipes where `x` and `weight` carry them."""
     if torch.compiler.is_compiling():
@@ -95,10 +101,9 @@ def _unpack(kept: Any) -> Tensor:
 
 def _cast(tensor: Tensor) -> Tensor:
     """As autocast would cast the operand of a product, but with a recipe."""
-    device, recipe = tensor.device.type, _read(tensor)
-    if recipe is None or tensor.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+    recipe, dtype = _read(tensor), dtype_of_product(tensor)
+    if recipe is None or tensor.dtype != torch.float32 or dtype is None:
         return tensor
-    dtype = torch.get_autocast_dtype(device)
     cast = tensor.to(dtype)
     _write(cast, replace(recipe, dtype=dtype))
     return cast

@@ -92,7 +92,7 @@ def assert_close(ours, theirs, dtype, bits, g, alpha):
 def widths_drawn(x, alpha, keep, seed, bits, signed):
     """The bit-width of each element: what becomes of a value far above the grid is the last level of its own."""
     above = torch.full_like(x, torch.inf).detach()
-    top = gpu.quantize(above, torch.ones_like(alpha), bits, signed, False, keep, seed)
+    top = gpu.quantize(above, torch.ones_like(alpha), bits, signed, False, keep, seed, x.dtype)
     ratio = level_bounds(bits, signed)[1] + 1 - top.double()
     return bits - ratio.log2().round().long()
 
@@ -117,6 +117,32 @@ def test_equal_to_the_textbook(layout, dtype, bits, signed, launches):
     assert len(launches) == 2
     assert [tensor.dtype for tensor in ours] == [dtype, dtype, torch.float32]
     assert_close(ours, textbook(x, alpha, g, bits, signed, None, centered), dtype, bits, g, alpha)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@LAYOUTS
+def test_rounding_to_another_dtype_at_once(layout, dtype, dropped, launches, fixed_seed):
+    """As a product under autocast asks for: what casting the result gives, and casting its gradient back."""
+    x, alpha, g = case(layout, torch.float32, 4)
+    keep, g = torch.tensor([0.9, 0.5], device=DEVICE, requires_grad=True), g.to(dtype)
+
+    def run(**options):
+        if dropped:
+            output = grid.fake_quantize_dropped(x, alpha, NOISE, keep, 4, True, 2, **options).to(dtype)
+        else:
+            output = grid.fake_quantize(x, alpha, NOISE, 4, True, **options).to(dtype)
+        again = grid.quantize_again(output.grad_fn) if options else output
+        return output, again, *torch.autograd.grad(output, [x, alpha, *([keep] if dropped else [])], g)
+
+    cast, at_once = run(), run(dtype=dtype)
+    assert [tensor.dtype for tensor in at_once] == [tensor.dtype for tensor in cast]
+    for a, b in zip(cast[:2], at_once[:2], strict=True):
+        assert torch.allclose(a, b, rtol=TOLERANCE[dtype], atol=0)
+    assert torch.equal(cast[2], at_once[2])
+    for a, b in zip(cast[3:], at_once[3:], strict=True):
+        assert (a - b).norm() <= 1e-5 * a.norm()
+    assert len(launches) == 5  # three forward, two backward
 
 
 def test_lopsided_grid_of_two_bits():
@@ -352,7 +378,7 @@ def test_operators_are_what_they_say_to_the_compiler(layout):
     x, alpha, g = (tensor.detach() for tensor in case(layout, torch.float32, 4))
     keep, seed = torch.tensor([0.8, 0.5], device=DEVICE), torch.tensor([3], device=DEVICE)
     for drop in ((keep, seed), (None, None)):
-        torch.library.opcheck(torch.ops.cpq_hf.quantize, (x, alpha, *drop, 4, True, True))
+        torch.library.opcheck(torch.ops.cpq_hf.quantize, (x, alpha, *drop, 4, True, True, torch.bfloat16))
         arguments = (x, alpha, *drop, NOISE, g, 4, True, True, 0.1, drop[0] is not None)
         torch.library.opcheck(torch.ops.cpq_hf.gradients, arguments)
 
@@ -406,7 +432,7 @@ def test_the_summary_names_the_kernel(monkeypatch):
     gpu._kernels.cache_clear()
     assert summarize(model).to_dict()["kernel"] == "eager"
     x, alpha, _ = case("rows", torch.float32, 4)
-    assert gpu.quantize(x, alpha, 4, True, False, None, None) is None
+    assert gpu.quantize(x, alpha, 4, True, False, None, None, x.dtype) is None
     grid.fake_quantize_dropped(x, alpha, NOISE, torch.tensor([0.5], device=DEVICE), 4, True, 3).sum().backward()
     assert kernels.name("meta") == "eager"
 

@@ -88,6 +88,34 @@ def test_equal_to_torch_operations(layout, dtype, bits, signed, dropped, eager, 
     assert torch.allclose(ours[2], theirs[2], rtol=1e-5, atol=1e-6 * scale)
 
 
+@pytest.mark.parametrize("dropped", [False, True], ids=["plain", "dropped"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", [*SHAPES, "columns"])
+def test_rounding_to_another_dtype_at_once(layout, dtype, dropped, eager):
+    """As a product under autocast asks for: the bits of casting the result and its gradient; sums in another order."""
+    if layout == "columns":
+        x, alpha = torch.randn(96, 130).mul(3).t()[:, None, :].requires_grad_(), torch.rand(130, 1, 1).add(0.2)
+        alpha.requires_grad_()
+    else:
+        x, alpha, _ = case(*SHAPES[layout], torch.float32, 4)
+    g, keep = torch.randn(x.shape).to(dtype), torch.tensor([0.9, 0.5], requires_grad=True)
+
+    def run(**options):
+        torch.manual_seed(5)
+        if dropped:
+            output = grid.fake_quantize_dropped(x, alpha, NOISE, keep, 4, True, 2, **options).to(dtype)
+        else:
+            output = grid.fake_quantize(x, alpha, NOISE, 4, True, **options).to(dtype)
+        again = grid.quantize_again(output.grad_fn) if options else output
+        return output, again, *torch.autograd.grad(output, [x, alpha, *([keep] if dropped else [])], g)
+
+    for cast, at_once in ((run(), run(dtype=dtype)), (eager(run), eager(lambda: run(dtype=dtype)))):
+        assert [tensor.dtype for tensor in at_once] == [tensor.dtype for tensor in cast]
+        assert all(torch.equal(a, b) for a, b in zip(cast[:3], at_once[:3], strict=True))
+        for a, b in zip(cast[3:], at_once[3:], strict=True):
+            assert (a - b).norm() <= 1e-5 * a.norm()
+
+
 def test_bits_are_dropped_by_the_published_generator():
     """Philox4x32-10 of counter 0 and key 0, as in the known answers of its authors' library."""
     numbers = torch.tensor([0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8])
@@ -216,7 +244,7 @@ def test_results_do_not_depend_on_the_number_of_threads(layout, monkeypatch):
     ids=["float64", "float16", "strided", "alpha per column", "empty"],
 )
 def test_what_the_kernels_leave_to_torch(x, alpha):
-    assert cpu.quantize(x, alpha, 4, True, False, None, None) is None
+    assert cpu.quantize(x, alpha, 4, True, False, None, None, x.dtype) is None
     assert grid.fake_quantize(x, alpha, NOISE.to(alpha.dtype), 4, True).shape == x.shape
 
 

@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from cpq_hf import CPQConfig, CPQController, calibrate_model, prepare_model, recompute
+from cpq_hf.nn import training
 
 MULTIPLYING = [case for case in CASES if case != "embedding"]
 PADDED = ("replicate", "reflect", "circular")  # the input is padded first: what is kept is a tensor of its own
@@ -53,6 +54,23 @@ def test_no_bit_changes(case, granularity, autocast, monkeypatch):
     kept = outcome(model, x, autocast)
     monkeypatch.setattr(recompute, "SMALLEST", 0)
     assert_equal(kept, outcome(model, x, autocast))
+
+
+@pytest.mark.parametrize("case", MULTIPLYING)
+def test_casting_within_the_quantizers_changes_no_bit(case, monkeypatch):
+    model, x = prepared(case)
+    dtypes = []
+    model.layer.weight_quantizer.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    at_once = outcome(model, x, autocast=True)
+    monkeypatch.setattr(training, "dtype_of_product", lambda x: None)
+    cast = outcome(model, x, autocast=True)
+    assert dtypes == [torch.bfloat16, torch.float32]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for name, a, b in zip(["output", "x", *trained], at_once, cast, strict=True):
+        if name.endswith("log_alpha"):  # a sum, in another order
+            assert (a - b).norm() <= 1e-5 * a.norm(), name
+        else:
+            assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("fields", [{"dropbits": 0.3}, {"weight_bits": 5, "learn_bits": True}])

@@ -21,6 +21,11 @@ from .layout import Layout, find_layout, in_memory_order_of
 SOURCE = Path(__file__).with_name("grid.c")
 _FLAGS = ("-O3", "-ffp-contract=off")
 _DTYPES = (torch.float32, torch.bfloat16)
+_TYPES = {  # of `x`, and of what is made of it and its gradient; grid.c has the same numbers
+    (torch.float32, torch.float32): 0,
+    (torch.bfloat16, torch.bfloat16): 1,
+    (torch.float32, torch.bfloat16): 2,
+}
 _ELEMENTS_PER_THREAD = 1 << 14  # below that, waking another thread costs more than it saves
 
 
@@ -30,17 +35,25 @@ def draws(x: Tensor, alpha: Tensor) -> bool:
 
 
 def quantize(
-    x: Tensor, alpha: Tensor, bits: int, signed: bool, centered: bool, keep: Tensor | None, last_levels: Tensor | None
+    x: Tensor,
+    alpha: Tensor,
+    bits: int,
+    signed: bool,
+    centered: bool,
+    keep: Tensor | None,
+    last_levels: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor | None:
-    """`x` on the grid, or None if it cannot be done here. `keep` says nothing that `last_levels` does not."""
+    """`x` on the grid in `dtype`, or None if it cannot be done here. `last_levels` say all that `keep` does."""
     if (layout := _layout(x, alpha, last_levels)) is None or (library := load()) is None:
         return None
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=dtype if (x.dtype, dtype) in _TYPES else x.dtype)
     library.cpq_forward(
         x.data_ptr(), alpha.data_ptr(), _pointer(last_levels), out.data_ptr(),
-        *layout, *level_bounds(bits, signed), last_centered_level(signed, centered), _is_bf16(x), _threads(x),
+        *layout, *level_bounds(bits, signed), last_centered_level(signed, centered), _TYPES[x.dtype, out.dtype],
+        _threads(x),
     )  # fmt: skip
-    return out
+    return out.to(dtype)
 
 
 def gradients(
@@ -68,12 +81,12 @@ def gradients(
         if (grad_keep := keep_gradient(x, alpha, bits, signed, centered, keep, last_levels, g)) is None:
             return None
     narrow = bits - (0 if keep is None else keep.numel()) == MIN_BITS
-    g = in_memory_order_of(x, g)
+    g = _like(x, g)
     grad_x, grad_alpha = torch.empty_like(x), torch.empty_like(alpha)
     failed = library.cpq_backward(
         x.data_ptr(), alpha.data_ptr(), _pointer(last_levels), noise.data_ptr(), g.data_ptr(), grad_x.data_ptr(),
         grad_alpha.data_ptr(), *layout, *level_bounds(bits, signed), last_centered_level(signed, centered), narrow,
-        _is_bf16(x), _threads(x),
+        _TYPES[x.dtype, g.dtype], _threads(x),
     )  # fmt: skip
     return None if failed else (grad_x, grad_alpha.mul_(alpha_scale), grad_keep)
 
@@ -113,12 +126,12 @@ def keep_gradient(
         return None
     if (library := load()) is None:
         return None
-    g = in_memory_order_of(x, g)
+    g = _like(x, g)
     gradient, keep = torch.empty(keep.numel()), keep.detach().contiguous()
     failed = library.cpq_keep_gradient(
         x.data_ptr(), alpha.data_ptr(), last_levels.data_ptr(), g.data_ptr(), keep.data_ptr(), gradient.data_ptr(),
         *layout, *level_bounds(bits, signed), last_centered_level(signed, centered), keep.numel(), RAREST,
-        _is_bf16(x), _threads(x),
+        _TYPES[x.dtype, g.dtype], _threads(x),
     )  # fmt: skip
     return None if failed else gradient
 
@@ -172,8 +185,9 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _is_bf16(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16
+def _like(x: Tensor, g: Tensor) -> Tensor:
+    """The gradient in the memory order of `x`, in a dtype that the kernels take beside that of `x`."""
+    return in_memory_order_of(x, g, g.dtype if (x.dtype, g.dtype) in _TYPES else x.dtype)
 
 
 def _threads(x: Tensor) -> int:

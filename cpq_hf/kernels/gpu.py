@@ -31,13 +31,20 @@ def draws(x: Tensor, alpha: Tensor) -> bool:
 
 
 def quantize(
-    x: Tensor, alpha: Tensor, bits: int, signed: bool, centered: bool, keep: Tensor | None, seed: Tensor | None
+    x: Tensor,
+    alpha: Tensor,
+    bits: int,
+    signed: bool,
+    centered: bool,
+    keep: Tensor | None,
+    seed: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor | None:
-    """`x` on the grid, or None if it cannot be done here. Under DropBits, `seed` is int64 `[1]`."""
-    if _cannot(x, alpha, seed):
+    """`x` on the grid in `dtype`, or None if it cannot be done here. Under DropBits, `seed` is int64 `[1]`."""
+    if _cannot(x, alpha, seed) or dtype not in _DTYPES:
         return None
     function = torch.ops.cpq_hf.quantize if torch.compiler.is_compiling() else _quantize
-    quantized: Tensor = function(x, alpha, keep, seed, bits, signed, centered)
+    quantized: Tensor = function(x, alpha, keep, seed, bits, signed, centered, dtype)
     return quantized
 
 
@@ -86,10 +93,17 @@ def _kernels() -> ModuleType | None:
 
 
 def _quantize(
-    x: Tensor, alpha: Tensor, keep: Tensor | None, seed: Tensor | None, bits: int, signed: bool, centered: bool
+    x: Tensor,
+    alpha: Tensor,
+    keep: Tensor | None,
+    seed: Tensor | None,
+    bits: int,
+    signed: bool,
+    centered: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     rows, columns, pieces, programs, meta = _plan(x, alpha, keep)
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=dtype)
     with on(x):
         _grid().forward[(programs,)](
             x, alpha, keep, seed, out, rows, columns, pieces, *level_bounds(bits, signed),
@@ -117,9 +131,10 @@ def _gradients(
     alpha_sums = torch.empty(along, alpha.numel(), dtype=torch.float32, device=x.device)
     keep_sums = torch.empty(programs * pieces if of_keep else 0, count, dtype=torch.float32, device=x.device)
     grad_x = torch.empty_like(x)
+    g = in_memory_order_of(x, g, g.dtype if g.dtype in _DTYPES else x.dtype)
     with on(x):
         _grid().backward[(programs,)](
-            x, alpha, keep, seed, noise, in_memory_order_of(x, g), grad_x, alpha_sums, keep_sums, rows, columns,
+            x, alpha, keep, seed, noise, g, grad_x, alpha_sums, keep_sums, rows, columns,
             pieces, *level_bounds(bits, signed), last_centered_level(signed, centered), alpha_scale, RAREST,
             NARROW=bits - count == MIN_BITS, KEEP_GRADIENT=of_keep, **meta,
         )  # fmt: skip
@@ -166,8 +181,8 @@ def _grid() -> ModuleType:
 _SHARED = "Tensor x, Tensor alpha, Tensor? keep, Tensor? seed"
 _GRID = "int bits, bool signed, bool centered"
 torch.library.custom_op(
-    "cpq_hf::quantize", _quantize, mutates_args=(), schema=f"({_SHARED}, {_GRID}) -> Tensor"
-).register_fake(lambda x, *rest: torch.empty_like(x))
+    "cpq_hf::quantize", _quantize, mutates_args=(), schema=f"({_SHARED}, {_GRID}, ScalarType dtype) -> Tensor"
+).register_fake(lambda x, *rest: torch.empty_like(x, dtype=rest[-1]))
 torch.library.custom_op(
     "cpq_hf::gradients",
     _gradients,

@@ -5,8 +5,13 @@
      COLUMNS  x [rows, columns], alpha [columns]:  a step size per column (weights stored [in, out])
      ONE      x [rows * columns], alpha [1]
 
-   x, out, g and grad_x are float32 or bfloat16; arithmetic is float32. `last` is NULL or, under DropBits, the last
-   level of each element's own grid, whose step is the wider the fewer levels it has. No sum is split among threads, so results do not depend on their number.
+   `types` says what is float32 and what is bfloat16; arithmetic is float32:
+     PLAIN    x and grad_x float32, out and g float32
+     HALF     x and grad_x bfloat16, out and g bfloat16
+     CASTING  x and grad_x float32, out and g bfloat16, which is what a product under autocast asks for
+
+   `last` is NULL or, under DropBits, the last level of each element's own grid, whose step is the wider the fewer
+   levels it has. No sum is split among threads, so results do not depend on their number.
 
    A level is found by clamping first and rounding then, which for whole bounds is the same as the other way round;
    rounding to even adds and subtracts 1.5 * 2^23. NaN stays NaN: every comparison with it is false. */
@@ -23,6 +28,7 @@
 #define STRIP 256
 
 enum layout { ROWS = 0, COLUMNS = 1, ONE = 2 };
+enum types { PLAIN = 0, HALF = 1, CASTING = 2 };
 
 typedef struct {
     const void *x;
@@ -69,21 +75,21 @@ INLINE float exp_negative(float t) {
 /* Steps of the full grid in one step of the grid whose last level is `last`: a power of two. */
 INLINE float coarser(float hi, float last) { return (hi + 1.0f) / (last + 1.0f); }
 
-INLINE float element_forward(const task *job, int64_t i, float alpha, int bf16, int dropped) {
+INLINE float element_forward(const task *job, int64_t i, float alpha, int types, int dropped) {
     float hi = dropped ? (float)job->last[i] : job->hi;
     float lo = dropped ? (job->is_signed ? -1.0f - hi : 0.0f) : job->lo;
     float offset = dropped ? (hi <= job->centered_hi ? 0.5f : 0.0f) : job->offset;
     alpha = dropped ? alpha * coarser(job->hi, hi) : alpha;
-    return (round_even(clamp(load(job->x, i, bf16) / alpha - offset, lo, hi)) + offset) * alpha;
+    return (round_even(clamp(load(job->x, i, types == HALF) / alpha - offset, lo, hi)) + offset) * alpha;
 }
 
 /* Stores grad_x and returns the element's share of grad_alpha. */
-INLINE float element_backward(const task *job, int64_t i, float alpha, int bf16, int dropped, int narrow) {
+INLINE float element_backward(const task *job, int64_t i, float alpha, int types, int dropped, int narrow) {
     float hi = dropped ? (float)job->last[i] : job->hi;
     float lo = dropped ? (job->is_signed ? -1.0f - hi : 0.0f) : job->lo;
     float ratio = dropped ? coarser(job->hi, hi) : 1.0f;
     float offset = dropped ? (hi <= job->centered_hi ? 0.5f : 0.0f) : job->offset;
-    float v = clamp(load(job->x, i, bf16) / (alpha * ratio) - offset, lo - 3.0f, hi + 3.0f);
+    float v = clamp(load(job->x, i, types == HALF) / (alpha * ratio) - offset, lo - 3.0f, hi + 3.0f);
     float n = round_even(v);
     float half = narrow && !dropped ? 1.5f : 2.0f;
     float t = (v - clamp(n, lo + half, hi - half)) * job->inverse;
@@ -106,8 +112,8 @@ INLINE float element_backward(const task *job, int64_t i, float alpha, int bf16,
         density -= hi - lo == 3.0f ? outside / (sum * sum) : 0.0f;
     }
     density *= job->inverse;
-    float g = load(job->g, i, bf16);
-    store(job->out, i, density * g, bf16);
+    float g = load(job->g, i, types != PLAIN);
+    store(job->out, i, density * g, types == HALF);
     return ((clamp(n, lo, hi) + offset) - (v + offset) * density) * g * ratio;
 }
 
@@ -115,16 +121,16 @@ INLINE float element_backward(const task *job, int64_t i, float alpha, int bf16,
    the compiler turn each into straight vector code. They work on a copy of the task, so that no store to memory can
    change it. */
 
-INLINE void forward_span(const task *shared, int64_t start, int64_t end, const float *alpha, int varies, int bf16,
+INLINE void forward_span(const task *shared, int64_t start, int64_t end, const float *alpha, int varies, int types,
                          int dropped) {
     const task job = *shared;
 #pragma omp simd
     for (int64_t i = start; i < end; i++)
-        store(job.out, i, element_forward(&job, i, alpha[varies ? i - start : 0], bf16, dropped), bf16);
+        store(job.out, i, element_forward(&job, i, alpha[varies ? i - start : 0], types, dropped), types != PLAIN);
 }
 
 /* One step size: the sum of grad_alpha over the span. */
-INLINE float backward_span(const task *shared, int64_t start, int64_t end, float alpha, int bf16, int dropped,
+INLINE float backward_span(const task *shared, int64_t start, int64_t end, float alpha, int types, int dropped,
                            int narrow) {
     const task job = *shared;
     double total = 0.0;
@@ -132,7 +138,7 @@ INLINE float backward_span(const task *shared, int64_t start, int64_t end, float
         int64_t stop = block + BLOCK < end ? block + BLOCK : end;
         float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = block; i < stop; i++) sum += element_backward(&job, i, alpha, bf16, dropped, narrow);
+        for (int64_t i = block; i < stop; i++) sum += element_backward(&job, i, alpha, types, dropped, narrow);
         total += sum;
     }
     return (float)total;
@@ -140,13 +146,13 @@ INLINE float backward_span(const task *shared, int64_t start, int64_t end, float
 
 /* A step size per column: all rows of `size` <= STRIP columns from `first` on. */
 INLINE void backward_strip(const task *shared, int64_t rows, int64_t columns, int64_t first, int64_t size,
-                           float *grad_alpha, int bf16, int dropped, int narrow) {
+                           float *grad_alpha, int types, int dropped, int narrow) {
     const task job = *shared;
     float sums[STRIP] = {0};
     for (int64_t row = 0; row < rows; row++) {
 #pragma omp simd
         for (int64_t j = 0; j < size; j++)
-            sums[j] += element_backward(&job, row * columns + first + j, job.alpha[first + j], bf16, dropped, narrow);
+            sums[j] += element_backward(&job, row * columns + first + j, job.alpha[first + j], types, dropped, narrow);
     }
     memcpy(grad_alpha + first, sums, sizeof(float) * (size_t)size);
 }
@@ -155,25 +161,27 @@ typedef void (*forward_function)(const task *, int64_t, int64_t, const float *);
 typedef float (*span_function)(const task *, int64_t, int64_t, float);
 typedef void (*strip_function)(const task *, int64_t, int64_t, int64_t, int64_t, float *);
 
-#define FORWARD(B, D, V)                                                                                      \
-    static void forward_##B##D##V(const task *job, int64_t start, int64_t end, const float *alpha) {          \
-        forward_span(job, start, end, alpha, V, B, D);                                                        \
+#define FORWARD(T, D, V)                                                                                      \
+    static void forward_##T##D##V(const task *job, int64_t start, int64_t end, const float *alpha) {          \
+        forward_span(job, start, end, alpha, V, T, D);                                                        \
     }
-#define BACKWARD(B, D, N)                                                                                     \
-    static float span_##B##D##N(const task *job, int64_t start, int64_t end, float alpha) {                   \
-        return backward_span(job, start, end, alpha, B, D, N);                                                \
+#define BACKWARD(T, D, N)                                                                                     \
+    static float span_##T##D##N(const task *job, int64_t start, int64_t end, float alpha) {                   \
+        return backward_span(job, start, end, alpha, T, D, N);                                                \
     }                                                                                                         \
-    static void strip_##B##D##N(const task *job, int64_t rows, int64_t columns, int64_t first, int64_t size,  \
+    static void strip_##T##D##N(const task *job, int64_t rows, int64_t columns, int64_t first, int64_t size,  \
                                 float *grad_alpha) {                                                          \
-        backward_strip(job, rows, columns, first, size, grad_alpha, B, D, N);                                 \
+        backward_strip(job, rows, columns, first, size, grad_alpha, T, D, N);                                 \
     }
-#define EACH(M) M(0, 0, 0) M(0, 0, 1) M(0, 1, 0) M(0, 1, 1) M(1, 0, 0) M(1, 0, 1) M(1, 1, 0) M(1, 1, 1)
+#define EACH_OF(M, T) M(T, 0, 0) M(T, 0, 1) M(T, 1, 0) M(T, 1, 1)
+#define EACH(M) EACH_OF(M, 0) EACH_OF(M, 1) EACH_OF(M, 2)
 EACH(FORWARD)
 EACH(BACKWARD)
-#define TABLE(P) {{{P##000, P##001}, {P##010, P##011}}, {{P##100, P##101}, {P##110, P##111}}}
-static const forward_function forward_table[2][2][2] = TABLE(forward_);
-static const span_function span_table[2][2][2] = TABLE(span_);
-static const strip_function strip_table[2][2][2] = TABLE(strip_);
+#define TABLE_OF(P, T) {{P##T##00, P##T##01}, {P##T##10, P##T##11}}
+#define TABLE(P) {TABLE_OF(P, 0), TABLE_OF(P, 1), TABLE_OF(P, 2)}
+static const forward_function forward_table[3][2][2] = TABLE(forward_);
+static const span_function span_table[3][2][2] = TABLE(span_);
+static const strip_function strip_table[3][2][2] = TABLE(strip_);
 
 static void set_offsets(task *job, int centered_hi) {
     job->centered_hi = (float)centered_hi;
@@ -181,10 +189,10 @@ static void set_offsets(task *job, int centered_hi) {
 }
 
 void cpq_forward(const void *x, const float *alpha, const uint8_t *last, void *out, int64_t rows, int64_t columns,
-                 int layout, int lo, int hi, int centered_hi, int bf16, int threads) {
+                 int layout, int lo, int hi, int centered_hi, int types, int threads) {
     task job = {.x = x, .alpha = alpha, .last = last, .out = out, .lo = lo, .hi = hi, .is_signed = lo < 0};
     set_offsets(&job, centered_hi);
-    forward_function forward = forward_table[bf16][last != NULL][layout == COLUMNS];
+    forward_function forward = forward_table[types][last != NULL][layout == COLUMNS];
     int64_t total = rows * columns, size = layout == ONE ? CHUNK : columns, parts = (total + size - 1) / size;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t part = 0; part < parts; part++) {
@@ -197,7 +205,7 @@ void cpq_forward(const void *x, const float *alpha, const uint8_t *last, void *o
    memory. */
 int cpq_backward(const void *x, const float *alpha, const uint8_t *last, const float *noise, const void *g,
                  void *grad_x, float *grad_alpha, int64_t rows, int64_t columns, int layout, int lo, int hi,
-                 int centered_hi, int narrow, int bf16, int threads) {
+                 int centered_hi, int narrow, int types, int threads) {
     task job = {.x = x, .alpha = alpha, .last = last, .g = g, .out = grad_x, .lo = lo, .hi = hi, .is_signed = lo < 0};
     set_offsets(&job, centered_hi);
     double inverse = 1.0 / (double)noise[0];
@@ -208,7 +216,7 @@ int cpq_backward(const void *x, const float *alpha, const uint8_t *last, const f
         job.curvature[pair] = (float)(1.0 / (c * c) - 1.0);
     }
     if (layout == COLUMNS) {
-        strip_function strip = strip_table[bf16][last != NULL][narrow];
+        strip_function strip = strip_table[types][last != NULL][narrow];
         int64_t strips = (columns + STRIP - 1) / STRIP;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
         for (int64_t part = 0; part < strips; part++) {
@@ -217,7 +225,7 @@ int cpq_backward(const void *x, const float *alpha, const uint8_t *last, const f
         }
         return 0;
     }
-    span_function span = span_table[bf16][last != NULL][narrow];
+    span_function span = span_table[types][last != NULL][narrow];
     int64_t total = rows * columns, size = layout == ONE ? CHUNK : columns, parts = (total + size - 1) / size;
     float *sums = layout == ONE ? malloc(sizeof(float) * (size_t)parts) : grad_alpha;
     if (sums == NULL) return 1;
@@ -295,7 +303,7 @@ INLINE float at_width(float v, float ratio, float lo, float hi, float offset) {
    1 - rarest]. Returns 0, or 1 for want of memory. */
 int cpq_keep_gradient(const void *x, const float *alpha, const uint8_t *last, const void *g, const float *keep,
                       float *keep_gradient, int64_t rows, int64_t columns, int layout, int lo, int hi, int centered_hi,
-                      int count, float rarest, int bf16, int threads) {
+                      int count, float rarest, int types, int threads) {
     int64_t total = rows * columns, parts = (total + CHUNK - 1) / CHUNK;
     double *sums = malloc(sizeof(double) * (size_t)(parts * count));
     if (sums == NULL) return 1;
@@ -309,8 +317,8 @@ int cpq_keep_gradient(const void *x, const float *alpha, const uint8_t *last, co
             int64_t row = block / columns, column = block % columns;
             for (int64_t i = 0; i < size; i++) {
                 float a = alpha[layout == ONE ? 0 : layout == ROWS ? row : column];
-                v[i] = load(x, block + i, bf16) / a;
-                g_alpha[i] = load(g, block + i, bf16) * a;
+                v[i] = load(x, block + i, types == HALF) / a;
+                g_alpha[i] = load(g, block + i, types != PLAIN) * a;
                 if (++column == columns) column = 0, row++;
             }
             for (int j = 0; j <= count; j++) {

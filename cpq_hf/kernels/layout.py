@@ -41,6 +41,6 @@ def _is_transposed(x: Tensor) -> bool:
     return x.dim() == 3 and x.shape[1] == 1 and x.stride(0) == 1 and x.stride(2) == x.shape[0]
 
 
-def in_memory_order_of(x: Tensor, g: Tensor) -> Tensor:
-    """`g` with the dtype and the strides of `x`."""
-    return g if g.stride() == x.stride() and g.dtype == x.dtype else torch.empty_like(x).copy_(g)
+def in_memory_order_of(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """`g` with the strides of `x`, in `dtype`."""
+    return g if g.stride() == x.stride() and g.dtype == dtype else torch.empty_like(x, dtype=dtype).copy_(g)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..quantizer import WeightQuantizer
@@ -45,8 +46,8 @@ class ParameterWeight(TrainingLayer):
         assert parameter is not None
         return parameter
 
-    def quantized_weight(self) -> Tensor:
-        return self.weight_quantizer(self.weight)
+    def quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.weight_quantizer(self.weight, dtype)
 
 
 class PackedParameterWeight(PackedLayer):

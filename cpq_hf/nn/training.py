@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import CPQError
 from ..quantizer import ActivationQuantizer, WeightQuantizer
-from ..recompute import multiply
+from ..recompute import dtype_of_product, multiply
 from ..spec import LayerSpec
 
 
@@ -28,13 +28,18 @@ class TrainingLayer(nn.Module):
     input_quantizer: ActivationQuantizer | None
     tied_to: str | None = None  # name of the layer whose weight and weight quantizer this one shares
 
-    def quantized_weight(self) -> Tensor:
-        """The weight on the grid, shape and dtype of `weight`."""
-        return self.weight_quantizer(self._parameters["weight"])  # `weight` may be shown on the grid: reads.py
+    def quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight on the grid, shape of `weight`, in `dtype` or its own."""
+        return self.weight_quantizer(self._parameters["weight"], dtype)  # `weight` may be shown on the grid: reads.py
 
-    def quantized_input(self, x: Tensor) -> Tensor:
-        """The input on the grid, or as it is where activations are not quantized."""
-        return x if self.input_quantizer is None else self.input_quantizer(x)
+    def quantized_input(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The input on the grid, in `dtype` or its own, or as it is where activations are not quantized."""
+        return x if self.input_quantizer is None else self.input_quantizer(x, dtype)
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and weight on the grid, float32 at once in the dtype to which autocast would cast it."""
+        dtype = dtype_of_product(x)
+        return self.quantized_input(x, dtype), self.quantized_weight(dtype)
 
     @property
     def owner(self) -> nn.Module:
@@ -57,35 +62,35 @@ class CPQLinear(TrainingLayer, nn.Linear):
     """`nn.Linear` on the grid."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return multiply(F.linear, self.quantized_input(input), self.quantized_weight(), self.bias)
+        return multiply(F.linear, *self.operands(input), self.bias)
 
 
 class CPQConv2d(TrainingLayer, nn.Conv2d):
     """`nn.Conv2d` on the grid; any stride, dilation, groups and padding mode."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return multiply(self._conv_forward, self.quantized_input(input), self.quantized_weight(), self.bias)
+        return multiply(self._conv_forward, *self.operands(input), self.bias)
 
 
 class CPQConv1d(TrainingLayer, nn.Conv1d):
     """`nn.Conv1d` on the grid, that of audio models; any stride, dilation, groups and padding mode."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return multiply(self._conv_forward, self.quantized_input(input), self.quantized_weight(), self.bias)
+        return multiply(self._conv_forward, *self.operands(input), self.bias)
 
 
 class CPQConv3d(TrainingLayer, nn.Conv3d):
     """`nn.Conv3d` on the grid, that of video models; any stride, dilation, groups and padding mode."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return multiply(self._conv_forward, self.quantized_input(input), self.quantized_weight(), self.bias)
+        return multiply(self._conv_forward, *self.operands(input), self.bias)
 
 
 class CPQConv1D(TrainingLayer, Conv1D):  # type: ignore[misc]
     """transformers' `Conv1D` (a linear layer with its weight stored `[in, out]`) on the grid."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return multiply(conv1d_forward, self.quantized_input(x), self.quantized_weight(), self.bias)
+        return multiply(conv1d_forward, *self.operands(x), self.bias)
 
 
 class FixedVocabulary(nn.Module):

@@ -10,8 +10,9 @@ from itertools import pairwise
 import pytest
 import reference
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cpq_hf import CPQConfig, grid, kernels, prepare_model, summarize
+from cpq_hf import CPQConfig, CPQController, grid, kernels, prepare_model, summarize
 from cpq_hf.kernels import BACKENDS, gpu
 from cpq_hf.kernels.layout import Layout
 from cpq_hf.spec import RAREST, level_bounds
@@ -423,6 +424,53 @@ def test_gradient_checkpointing_repeats_the_mask(reentrant):
         return output, x.grad, alpha.grad
 
     assert all(torch.equal(one, other) for one, other in zip(run(True), run(False), strict=True))
+
+
+class Reads(TorchDispatchMode):
+    """Notes what would make a CPU wait for its GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "unique"):
+            self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weight_bits": 2, "activation_bits": 4},
+        {"weight_bits": 4, "dropbits": 0.2, "activation_bits": 8, "granularity": "group", "group_size": 4},
+        {"weight_bits": 4, "learn_bits": True, "target_bits": 3.0},
+        {"weight_bits": 3, "freeze_oscillating": True},
+    ],
+    ids=["plain", "dropbits", "learned", "frozen"],
+)
+def test_a_step_waits_for_nothing(settings):
+    """Forward, backward and the controller's hook; the first step, which calibrates, may."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+    model = prepare_model(model, CPQConfig(**settings)).to(DEVICE)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    CPQController(model, optimizer, total_steps=100)
+    x = torch.randn(4, 8, device=DEVICE)
+
+    def step():
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with Reads() as reads:
+        x.sum().item()
+    assert reads.seen
+    with Reads() as reads:
+        for _ in range(5):  # oscillating weights are looked at in every fourth
+            step()
+    assert not reads.seen
 
 
 def test_the_summary_names_the_kernel(monkeypatch):

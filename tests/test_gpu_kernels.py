@@ -511,10 +511,11 @@ BACKENDS["cpu"], gpu._ENOUGH_PROGRAMS, gpu._grid = gpu, 1, Compiling
 noise = torch.tensor([0.2])
 rows, groups, one = ((8, 1, 1024), (8, 1, 1)), ((4, 2, 64), (4, 2, 1)), ((4, 1, 1024), (1, 1, 1))
 columns = ((128, 1, 64), (128, 1, 1))
-for dtype, (shape, alphas), bits, dropped in (
-    (torch.float32, rows, 4, 0), (torch.float32, rows, 8, 6), (torch.bfloat16, groups, 2, 0),
-    (torch.bfloat16, groups, 3, 1), (torch.float16, one, 4, 0), (torch.float16, columns, 2, 0),
-    (torch.float32, columns, 4, 1),
+full, half, brain = torch.float32, torch.float16, torch.bfloat16
+for dtype, made, (shape, alphas), bits, dropped in (
+    (full, full, rows, 4, 0), (full, full, rows, 8, 6), (brain, brain, groups, 2, 0), (brain, brain, groups, 3, 1),
+    (half, half, one, 4, 0), (half, half, columns, 2, 0), (full, full, columns, 4, 1),
+    (full, brain, rows, 4, 1), (full, half, groups, 3, 0),  # as under autocast
 ):
     for bits in (bits, bits + 1) if bits in (4, 5) else (bits,):
         x = torch.randn(shape)
@@ -523,9 +524,9 @@ for dtype, (shape, alphas), bits, dropped in (
         before = variants(grid_triton.forward), variants(grid_triton.backward)
         if dropped:
             keep = torch.full((dropped,), 0.5, requires_grad=bits > 3)
-            output = grid.fake_quantize_dropped(x, alpha, noise, keep, bits, True, bits - dropped)
+            output = grid.fake_quantize_dropped(x, alpha, noise, keep, bits, True, bits - dropped, dtype=made)
         else:
-            output = grid.fake_quantize(x, alpha, noise, bits, True)
+            output = grid.fake_quantize(x, alpha, noise, bits, True, dtype=made)
         output.backward(torch.ones_like(output))
         for kernel in compiled:
             text = kernel.asm["ptx"]
@@ -544,7 +545,7 @@ def test_compiles_for_hopper_with_wide_accesses(tmp_path):
         [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "7\n"
+    assert done.stdout == "9\n"
 
 
 @pytest.mark.skipif(not CUDA, reason="compares a GPU with the CPU")

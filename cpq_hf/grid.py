@@ -325,7 +325,8 @@ def _outside(a: Tensor, noise: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, 
 def _slope(v: Tensor, nearest: Tensor, noise: Tensor, lo: Any, hi: Any) -> Tensor:
     a, count = _window(v, nearest, noise, lo, hi)
     outside = None if isinstance(lo, int) else _outside(a, noise, lo, hi)[1]
-    cosh_a = a.cosh_()
+    cosh_a = a.exp_()
+    cosh_a = cosh_a.reciprocal().add_(cosh_a).mul_(0.5)  # compilers make vectors of exp, not of cosh
     total = torch.add(cosh_a, 1).mul_(2).reciprocal_() if count % 2 else torch.zeros_like(a)
     first = 1.0 if count % 2 else 0.5
     offsets = torch.arange(first, count / 2, dtype=noise.dtype, device=noise.device)

@@ -95,7 +95,13 @@ def batch_for(model: str, large: bool, texts: tuple[int, int] | None) -> dict[st
 
 
 def step_of(
-    name: str, model: str, precision: str, large: bool, device: str, texts: tuple[int, int] | None = None
+    name: str,
+    model: str,
+    precision: str,
+    large: bool,
+    device: str,
+    texts: tuple[int, int] | None = None,
+    compiled: bool = False,
 ) -> Callable[[], None]:
     """A function that makes one training step."""
     torch.manual_seed(0)
@@ -111,13 +117,14 @@ def step_of(
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
     if method == "cpq":
         CPQController(net, optimizer, total_steps=10**6)  # so that noise and drop rate stay as at the start
+    forward = torch.compile(net) if compiled else net
 
     def autocast() -> AbstractContextManager:
         return torch.autocast(device.split(":")[0], torch.bfloat16) if "autocast" in precision else nullcontext()
 
     def step() -> None:
         with autocast():
-            loss = net(**batch).loss
+            loss = forward(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -151,6 +158,7 @@ def main() -> None:
     parser.add_argument("--texts", nargs=2, type=int, metavar=("ROWS", "TOKENS"), help="else 8 128; 16 512 if large")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true", help="models by torch.compile")
     parser.add_argument("--no_memory", action="store_true", help="leave peak memory out")
     args = parser.parse_args()
     large = args.size == "large"
@@ -160,10 +168,11 @@ def main() -> None:
         f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {args.rounds} rounds, CPQ kernel: "
         f"{kernels.name(torch.device(args.device).type)}"
     )
+    torch._dynamo.config.recompile_limit = 1000  # the models of all methods share their code
     weigh = not args.no_memory and (args.device != "cpu" or Path("/proc/self/clear_refs").exists())
     for model in args.models:
         for precision in args.precisions:
-            setting, steps = (model, precision, large, args.device, args.texts), {}
+            setting, steps = (model, precision, large, args.device, args.texts, args.compile), {}
             for name in available(model):
                 try:
                     steps[name] = step_of(name, *setting)

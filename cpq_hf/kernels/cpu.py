@@ -1,8 +1,8 @@
 """`grid.c` on the CPU: built once a machine with its C compiler, loaded once a process, called on tensors' memory.
 
-The first quantizer that runs builds the library (about two seconds, compiler.py); nothing happens at import. Without a C
-compiler, on another device, for other dtypes or layouts, and while a model is traced by `torch.compile` (whose own
-compiler fuses the plain operations), the functions here return None and `grid.py` does the work.
+The first quantizer that runs builds the library (about two seconds, compiler.py); nothing happens at import. Without
+a C compiler, on another device, for other dtypes or layouts, and while a model is traced by `torch.compile` (whose
+own compiler fuses the plain operations), the functions here return None and `grid.py` does the work.
 """
 
 from __future__ import annotations

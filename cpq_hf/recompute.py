@@ -57,7 +57,9 @@ def passed_on(quantized: Tensor, view: Tensor) -> Tensor:
 def dtype_of_product(x: Tensor) -> torch.dtype | None:
     """The dtype to which autocast casts the operands of a product with `x`, None where it leaves them alone."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta has none to ask for
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def multiply(operation: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

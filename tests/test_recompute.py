@@ -73,6 +73,15 @@ def test_casting_within_the_quantizers_changes_no_bit(case, monkeypatch):
             assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("case", ["linear", "conv2d", "conv1d"])
+def test_shapes_without_values(case, grad):
+    """On the meta device, which has no autocast, as tools use it that count operations."""
+    model, x = prepared(case, activation_bits=None)
+    with torch.set_grad_enabled(grad):
+        assert model.to("meta")(x.to("meta")).shape == CASES[case][0]()(x).shape
+
+
 @pytest.mark.parametrize("fields", [{"dropbits": 0.3}, {"weight_bits": 5, "learn_bits": True}])
 def test_bits_are_dropped_as_in_forward(fields, monkeypatch):
     model, x = prepared("linear", **fields)

@@ -39,10 +39,9 @@ With `C = cosh((v - m)/s)`, `c = cosh(o/s)`, `u = c/(C + c)`, the two boundaries
 
 so that one `cosh` an element serves all boundaries and nothing overflows for s >= 0.02.
 
-**Memory.** O(1) an element whatever the bit-width: backward keeps `x` (the parameter itself) and, under DropBits, one
-byte an element, or a seed alone where the kernels draw the widths a second time (kernels/gpu.py); scratch tensors are
-reused in place. Arithmetic is float32 (float64 for float64 input); the output has the dtype of the input, or that
-which it will be multiplied in.
+**Memory.** O(1) per element whatever the bit-width: backward keeps `x` (the parameter itself) and, under DropBits, one
+seed, from which it draws the bit-width of every element a second time; scratch tensors are reused in place. Arithmetic
+is float32 (float64 for float64 input); the output has the dtype of the input, or the one it will be multiplied in.
 
 Shapes: `x` is anything, `alpha` broadcasts against it (`[out, groups, 1]` against `[out, groups, group_size]`),
 `noise` is `[1]`.
@@ -51,7 +50,6 @@ Shapes: `x` is anything, `alpha` broadcasts against it (`[out, groups, 1]` again
 from __future__ import annotations
 
 from itertools import pairwise
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -59,207 +57,204 @@ from torch import Tensor
 
 from .kernels import BACKENDS, cpu
 from .sharding import process_rank
-from .spec import CENTERED_BITS, RAREST, level_bounds, level_offset
+from .spec import CENTERED_BITS, RAREST, Grid
 
 MIN_NOISE, MAX_NOISE = 0.02, 0.5
 WINDOW = 4
 _MULTIPLIER = 6364136223846793005  # odd, its powers are far apart (Knuth's of a linear congruential generator)
 _BEYOND = 3.0  # positions are clamped this far outside the grid, where D is zero, so that infinities stay finite
+# Of a 32-bit hash that mixes every bit of its input into every bit of its output, found by the search of
+# C. Wellons ("hash-prospector", 2018). Both are below 2^31: products stay inside int64, where overflow has no meaning
+# that every compiler shares.
+_HASH = (0x21F0AAAD, 0x735A2D97)
 
 
 def fake_quantize(
     x: Tensor,
     alpha: Tensor,
     noise: Tensor,
-    bits: int,
-    signed: bool,
+    grid: Grid,
     alpha_gradient_scale: float = 1.0,
-    centered: bool = False,
     dtype: torch.dtype | None = None,
+    keep_prob: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> Tensor:
-    """Put `x` on the grid, with the gradients of the multi-class straight-through estimator.
+    """Round `x` to the grid, with the gradients of the multi-class straight-through estimator.
 
     Args:
         x (`Tensor`): Values of any floating dtype and shape.
         alpha (`Tensor`): Step size, positive, float32; broadcasts against `x`.
         noise (`Tensor` of shape `[1]`): Scale `s` of the logistic noise in steps, 0.02 to 0.5.
-        bits (`int`): Bit-width.
-        signed (`bool`): Whether the grid has negative levels.
+        grid (`Grid`): The levels.
         alpha_gradient_scale (`float`, defaults to 1): Factor on the gradient of `alpha`.
-        centered (`bool`): Whether a grid of 2 bits has its levels at -1.5, -0.5, 0.5 and 1.5 steps.
-        dtype (`torch.dtype`, *optional*): That of the result, to which it is rounded; by default that of `x`.
+        dtype (`torch.dtype`, *optional*): Dtype of the result, which is rounded to it; by default that of `x`.
+        keep_prob (`Tensor` of shape `[n]`, *optional*): With DropBits: every element gets a bit-width between
+            `grid.bits - n` and `grid.bits`. `P_j` is the probability that bit `j = grid.bits - n + 1 .. grid.bits` is
+            kept; non-increasing, because bits are nested.
+        seed (`Tensor` of shape `[1]`, int64, *optional*): Decides which element drops which bits. By default, one is
+            drawn from the global generator ([`draw_seed`]).
 
     Returns:
         `Tensor`: `alpha * (clamp(round(x / alpha - o), lo, hi) + o)`, shape of `x`; `o` is 1/2 on a centred grid,
         else 0.
     """
-    return _Grid.apply(x, alpha, noise, None, None, bits, signed, alpha_gradient_scale, centered, dtype or x.dtype)
-
-
-def fake_quantize_dropped(
-    x: Tensor,
-    alpha: Tensor,
-    noise: Tensor,
-    keep: Tensor,
-    bits: int,
-    signed: bool,
-    min_bits: int,
-    alpha_gradient_scale: float = 1.0,
-    centered: bool = False,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """As [`fake_quantize`], but every element draws its own bit-width from the global generator (DropBits).
-
-    Args:
-        keep (`Tensor` of shape `[bits - min_bits]`): `P_j`, the probability that bit `j = min_bits+1 .. bits` is
-            kept; non-increasing, since bits are nested.
-        min_bits (`int`): Bits that are never dropped.
-    """
-    # kernels that draw do not know the gradient of the noise
-    seeded = not noise.requires_grad and keep.dtype == torch.float32 and _backend(x).draws(x, alpha)
-    drawn = _draw_words(1, x.device) if seeded else draw_last_levels(x, keep, signed, min_bits)
-    return _Grid.apply(x, alpha, noise, keep, drawn, bits, signed, alpha_gradient_scale, centered, dtype or x.dtype)
+    if keep_prob is not None and seed is None:
+        seed = draw_seed(x.device)
+    quantized: Tensor = _FakeQuantize.apply(
+        x, alpha, noise, keep_prob, seed, grid, alpha_gradient_scale, dtype or x.dtype
+    )
+    return quantized
 
 
 @torch.no_grad()
 def quantize_again(node: Any) -> Tensor:
-    """The output of [`fake_quantize`] or [`fake_quantize_dropped`] again, to the bit.
+    """The output of [`fake_quantize`] again, to the bit.
 
     Args:
         node (`torch.autograd.graph.Node`): The `grad_fn` of that output, of a graph that backward has not freed.
     """
-    x, alpha, _, keep, drawn = node.saved_tensors
-    return _quantize(x, alpha, keep, drawn, node.bits, node.signed, node.centered, node.dtype)
+    x, alpha, _, keep_prob, seed = node.saved_tensors
+    return _quantize(x, alpha, keep_prob, seed, node.grid, node.dtype, node.fused)
 
 
-def draw_last_levels(x: Tensor, keep: Tensor, signed: bool, min_bits: int) -> Tensor:
-    """Draw a bit-width `k = min_bits + #{j : u < P_j}` for every element, `u` uniform; its last level `hi_k`.
+def nearest_levels(x: Tensor, alpha: Tensor, grid: Grid) -> Tensor:
+    """Return the level of each element of `x`, as whole numbers in the arithmetic dtype."""
+    return _shift(_position(x, alpha), -grid.offset).round_().clamp_(*grid.bounds)
 
-    `u` has 16 bits. The CPU's kernel takes them from a counter-based generator, whose key is one 64-bit draw; torch
-    operations take four from each draw, since torch's generator on the CPU works serially.
+
+def slope(v: Tensor, noise: Tensor, grid: Grid) -> Tensor:
+    """Return `D(v)`, the slope of the expected level at position `v` (finite), shape of `v`."""
+    return _slope(v, v.round(), noise, *grid.bounds)
+
+
+# --- DropBits: which element drops which bits ------------------------------------------------------------------------
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """Draw 64 random bits from the global generator of a device: int64 `[1]`.
+
+    Processes that are seeded alike, as Trainer seeds them, still draw different seeds: each multiplies by its own odd
+    number, which maps the 64-bit numbers one to one.
+    """
+    if torch.compiler.is_compiling():  # cannot trace `random_`
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    else:
+        seed = torch.empty(1, dtype=torch.int64, device=device).random_(-(2**63), None)
+    rank = process_rank()
+    return seed.mul_(_signed(_MULTIPLIER**rank)) if rank > 0 else seed
+
+
+def draw_max_level(x: Tensor, keep_prob: Tensor, seed: Tensor, grid: Grid) -> Tensor:
+    """Draw the bit-width `k = min_bits + #{j : u < P_j}` of every element from a seed, and return its last level.
+
+    `u` is uniform with 16 bits. The C kernel and torch operations draw differently from the same seed.
 
     Returns:
         `Tensor`: uint8, shape of `x`.
     """
-    levels = [level_bounds(width, signed)[1] for width in range(min_bits, min_bits + keep.numel() + 1)]
     if x.device.type == "cpu" and cpu.is_ready():
-        drawn = cpu.draw_last_levels(int(_draw_words(1, x.device)), keep, levels, x.numel())
-    else:
-        drawn = _draw_by_torch(x, keep, levels)
-    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
-    # in the order of the memory of `x` where that has no holes (a transposed weight), which the kernels ask for
-    return drawn.as_strided(x.shape, x.stride()) if reach == x.numel() else drawn.view(x.shape)
-
-
-def _draw_by_torch(x: Tensor, keep: Tensor, levels: list[int]) -> Tensor:
-    u = _draw_words(-(-x.numel() // 4), x.device).view(torch.int16)[: x.numel()]  # uniform on -2^15 .. 2^15-1
-    thresholds = (keep.detach() * 2**16 - 2**15 - 1).round().clamp(-(2**15), 2**15 - 1).to(torch.int16)
-    drawn = torch.full_like(u, levels[0], dtype=torch.uint8)
+        return cpu.draw_max_level(x, keep_prob, seed, grid)
+    half = -(-x.numel() // 2)
+    low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    words = _hash(_hash(torch.arange(half, device=x.device) ^ low) ^ high)
+    u = torch.cat((words & 0xFFFF, words >> 16))[: x.numel()]  # two elements share the 32 bits of a word
+    levels = grid.nested_max_levels(keep_prob.numel())
+    max_level = torch.full_like(u, levels[0], dtype=torch.uint8)
+    thresholds = (keep_prob.detach() * 2**16).round()
     for threshold, (below, above) in zip(thresholds.unbind(), pairwise(levels), strict=True):
-        drawn.add_(u <= threshold, alpha=above - below)
-    return drawn
+        max_level.add_(u < threshold, alpha=above - below)
+    return max_level.view(x.shape)
 
 
-def _draw_words(count: int, device: torch.device) -> Tensor:
-    """`count` random int64 of the device's global generator.
-
-    Processes that are seeded alike, as Trainer seeds them, still draw differently: each multiplies by an odd number of
-    its own, which maps the 64-bit numbers one to one.
-    """
-    if torch.compiler.is_compiling():  # which cannot trace `random_`, three times as fast on a CPU
-        words = torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=device)
-    else:
-        words = torch.empty(count, dtype=torch.int64, device=device).random_(-(2**63), None)
-    if (rank := process_rank()) > 0:
-        words.mul_(_signed(_MULTIPLIER**rank))
-    return words
+def _hash(word: Tensor) -> Tensor:
+    """Mix 32 bits, held in int64."""
+    word = word ^ (word >> 16)
+    word = (word * _HASH[0]) & 0xFFFFFFFF
+    word = word ^ (word >> 15)
+    word = (word * _HASH[1]) & 0xFFFFFFFF
+    return word ^ (word >> 15)
 
 
 def _signed(number: int) -> int:
-    """The lowest 64 bits, as int64 has them."""
+    """Return the lowest 64 bits of a number as int64 holds them."""
     return (number + 2**63) % 2**64 - 2**63
 
 
-def nearest_levels(x: Tensor, alpha: Tensor, bits: int, signed: bool, offset: float = 0.0) -> Tensor:
-    """Levels `n*` of `x`, as whole numbers in the arithmetic dtype."""
-    return _shift(_position(x, alpha), -offset).round_().clamp_(*level_bounds(bits, signed))
+# --- forward and backward --------------------------------------------------------------------------------------------
 
 
-def slope(v: Tensor, noise: Tensor, bits: int, signed: bool) -> Tensor:
-    """`D(v)`: slope of the expected level at position `v` (finite), shape of `v`."""
-    return _slope(v, v.round(), noise, *level_bounds(bits, signed))
-
-
-def _position(x: Tensor, alpha: Tensor) -> Tensor:
-    return torch.div(x.to(torch.promote_types(x.dtype, torch.float32)), alpha)
-
-
-def _backend(x: Tensor) -> ModuleType:
-    return BACKENDS.get(x.device.type, cpu)  # the CPU's kernels decline what is not theirs
-
-
-_NO_MORE = (None,) * 6  # gradients of the arguments of `_Grid` from `drawn` on
-
-
-class _Grid(torch.autograd.Function):
-    """`drawn`: None without DropBits; a seed, int64 `[1]`, where the kernels draw; else each element's last level."""
+class _FakeQuantize(torch.autograd.Function):
+    """One kernel launch each way where there is a kernel (kernels/), else torch operations."""
 
     # `ctx` has no usable type: torch declares `forward` with any arguments, and a typed override does not fit that
     @staticmethod
-    def forward(ctx, x, alpha, noise, keep, drawn, bits, signed, alpha_gradient_scale, centered, dtype):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, alpha, noise, keep, drawn)
-        ctx.bits, ctx.signed, ctx.centered, ctx.alpha_gradient_scale = bits, signed, centered, alpha_gradient_scale
+    def forward(ctx, x, alpha, noise, keep_prob, seed, grid, alpha_gradient_scale, dtype):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, alpha, noise, keep_prob, seed)
+        ctx.grid, ctx.alpha_gradient_scale = grid, alpha_gradient_scale
+        # Forward and backward must draw alike, so both use the kernels or neither does. Kernels have no gradient of
+        # the noise, and read these two as float32.
+        ctx.fused = not ctx.needs_input_grad[2] and all(
+            tensor is None or tensor.dtype == torch.float32 for tensor in (noise, keep_prob)
+        )
         ctx.dtype = dtype
-        return _quantize(x, alpha, keep, drawn, bits, signed, centered, dtype)
+        return _quantize(x, alpha, keep_prob, seed, grid, dtype, ctx.fused)
 
     @staticmethod
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
-        x, alpha, noise, keep, drawn = ctx.saved_tensors
-        bits, signed, centered, alpha_scale = ctx.bits, ctx.signed, ctx.centered, ctx.alpha_gradient_scale
-        grad_x = grad_alpha = grad_noise = grad_keep = None
-        if not ctx.needs_input_grad[2]:
-            of_keep = keep is not None and ctx.needs_input_grad[3]
-            grid = x, alpha, bits, signed, centered, keep, drawn
-            if (found := _backend(x).gradients(*grid, noise, grad_output, alpha_scale, of_keep)) is not None:
+        x, alpha, noise, keep_prob, seed = ctx.saved_tensors
+        grid, alpha_scale = ctx.grid, ctx.alpha_gradient_scale
+        needs_x, needs_alpha, needs_noise, needs_keep, *_ = ctx.needs_input_grad
+        rest = (None,) * 4  # what follows `keep_prob` has no gradient
+        if ctx.fused:
+            found = _backend(x).gradients(x, alpha, grid, keep_prob, seed, noise, grad_output, alpha_scale, needs_keep)
+            if found is not None:
                 grad_x, grad_alpha, grad_keep = found
-                return grad_x, grad_alpha, None, grad_keep, *_NO_MORE
-        if keep is not None and ctx.needs_input_grad[3]:
-            grad_keep = _keep_gradient(x, alpha, keep, drawn, grad_output, bits, signed, centered)
-        lo, hi, coarser, offset = _own_grid(bits, signed, drawn, alpha.dtype, centered)
-        v = _shift(_position(x, alpha * coarser), -offset).clamp_(lo - _BEYOND, hi + _BEYOND)
+                return grad_x, grad_alpha, None, grad_keep, *rest
+        grad_x = grad_alpha = grad_noise = grad_keep = None
+        lo, hi, ratio, offset = _element_grids(x, alpha, grid, keep_prob, seed)
+        if needs_keep:
+            grad_keep = _keep_gradient(x, alpha, grid, keep_prob, hi, grad_output)
+        v = _shift(_position(x, alpha * ratio), -offset).clamp_(lo - _BEYOND, hi + _BEYOND)
         g = grad_output.to(v.dtype)
         nearest = v.round()
-        if ctx.needs_input_grad[2]:
+        if needs_noise:
             moment = _moment(v, nearest, noise, lo, hi)
-            grad_noise = (moment.mul_(g).mul_(alpha * coarser).sum() / -noise).sum_to_size(noise.shape)
+            grad_noise = (moment.mul_(g).mul_(alpha * ratio).sum() / -noise).sum_to_size(noise.shape)
         density = _slope(v, nearest, noise, lo, hi)
-        if ctx.needs_input_grad[1]:
+        if needs_alpha:
             levels = _shift(nearest.clamp_(lo, hi), offset)
             level_gradient = levels.addcmul_(_shift(v, offset), density, value=-1).mul_(g)
-            if drawn is not None:
-                level_gradient.mul_(coarser)
+            if keep_prob is not None:
+                level_gradient.mul_(ratio)
             grad_alpha = level_gradient.sum_to_size(alpha.shape).mul_(alpha_scale)
-        if ctx.needs_input_grad[0]:
+        if needs_x:
             grad_x = density.mul_(g).to(x.dtype)
-        return grad_x, grad_alpha, grad_noise, grad_keep, *_NO_MORE
+        return grad_x, grad_alpha, grad_noise, grad_keep, *rest
 
 
 def _quantize(
     x: Tensor,
     alpha: Tensor,
-    keep: Tensor | None,
-    drawn: Tensor | None,
-    bits: int,
-    signed: bool,
-    centered: bool,
+    keep_prob: Tensor | None,
+    seed: Tensor | None,
+    grid: Grid,
     dtype: torch.dtype,
+    fused: bool,
 ) -> Tensor:
-    if (quantized := _backend(x).quantize(x, alpha, bits, signed, centered, keep, drawn, dtype)) is not None:
+    if fused and (quantized := _backend(x).quantize(x, alpha, grid, keep_prob, seed, dtype)) is not None:
         return quantized
-    lo, hi, coarser, offset = _own_grid(bits, signed, drawn, alpha.dtype, centered)
-    own_alpha = alpha * coarser
+    lo, hi, ratio, offset = _element_grids(x, alpha, grid, keep_prob, seed)
+    own_alpha = alpha * ratio
     levels = _shift(_position(x, own_alpha), -offset).round_().clamp_(lo, hi)
     return _shift(levels, offset).mul_(own_alpha).to(dtype)
+
+
+def _backend(x: Tensor) -> Any:
+    return BACKENDS.get(x.device.type, cpu)  # the CPU's kernels decline what is not theirs
+
+
+def _position(x: Tensor, alpha: Tensor) -> Tensor:
+    return torch.div(x.to(torch.promote_types(x.dtype, torch.float32)), alpha)
 
 
 def _shift(v: Tensor, offset: Any) -> Tensor:
@@ -267,42 +262,36 @@ def _shift(v: Tensor, offset: Any) -> Tensor:
     return v.add_(offset) if isinstance(offset, Tensor) or offset else v
 
 
-def _own_grid(
-    bits: int, signed: bool, last_levels: Tensor | None, dtype: torch.dtype, centered: bool
+def _element_grids(
+    x: Tensor, alpha: Tensor, grid: Grid, keep_prob: Tensor | None, seed: Tensor | None
 ) -> tuple[Any, Any, Any, Any]:
-    """`(lo, hi, steps of alpha in one step, offset)`: numbers, or tensors where each element has its own grid."""
-    if last_levels is None:
-        return (*level_bounds(bits, signed), 1.0, level_offset(bits, centered))
-    hi = last_levels.to(dtype)
-    lo = -1 - hi if signed else torch.zeros_like(hi)
-    widest = level_bounds(CENTERED_BITS, signed)[1]
-    offset = (hi <= widest).to(dtype).mul_(0.5) if centered else 0.0
-    return lo, hi, (level_bounds(bits, signed)[1] + 1) / (hi + 1), offset
+    """Return `(lo, hi, steps of alpha in one step, offset)`.
+
+    They are numbers without DropBits, and tensors of the shape of `x` with it, where each element has its own grid.
+    """
+    if keep_prob is None or seed is None:
+        return (*grid.bounds, 1.0, grid.offset)
+    hi = draw_max_level(x, keep_prob, seed, grid).to(alpha.dtype)
+    lo = -1 - hi if grid.signed else torch.zeros_like(hi)
+    centered_up_to = grid.of_width(CENTERED_BITS).bounds[1]
+    offset = (hi <= centered_up_to).to(alpha.dtype).mul_(0.5) if grid.centered else 0.0
+    return lo, hi, (grid.bounds[1] + 1) / (hi + 1), offset
 
 
-def _keep_gradient(
-    x: Tensor,
-    alpha: Tensor,
-    keep: Tensor,
-    last_levels: Tensor,
-    g: Tensor,
-    bits: int,
-    signed: bool,
-    centered: bool = False,
-) -> Tensor:
-    """`dL/dP_j`: how much the loss falls or rises where bit `j` is kept."""
+def _keep_gradient(x: Tensor, alpha: Tensor, grid: Grid, keep_prob: Tensor, max_level: Tensor, g: Tensor) -> Tensor:
+    """Return `dL/dP_j`, how much the loss rises or falls where bit `j` is kept; shape of `keep_prob`."""
     v, g_alpha = _position(x, alpha), g * alpha
     below: Tensor | None = None
     gradients: list[Tensor] = []
-    for width in range(bits - keep.numel(), bits + 1):
-        coarser, offset = 2.0 ** (bits - width), level_offset(width, centered)
-        here = (v / coarser - offset).round_().clamp_(*level_bounds(width, signed)).add_(offset).mul_(coarser)
+    for width in range(grid.bits - keep_prob.numel(), grid.bits + 1):
+        narrower, ratio = grid.of_width(width), 2.0 ** (grid.bits - width)
+        here = (v / ratio - narrower.offset).round_().clamp_(*narrower.bounds).add_(narrower.offset).mul_(ratio)
         if below is not None:
-            p = keep[len(gradients)].clamp(RAREST, 1 - RAREST)
-            kept = last_levels >= level_bounds(width, signed)[1]
+            p = keep_prob[len(gradients)].clamp(RAREST, 1 - RAREST)
+            kept = max_level >= narrower.bounds[1]
             gradients.append((g_alpha * (here - below) * torch.where(kept, 0.5 / p, 0.5 / (1 - p))).sum())
         below = here
-    return torch.stack(gradients).to(keep.dtype)
+    return torch.stack(gradients).to(keep_prob.dtype)
 
 
 def _window(v: Tensor, nearest: Tensor, noise: Tensor, lo: Any, hi: Any) -> tuple[Tensor, int]:

@@ -25,7 +25,7 @@ from . import fitting, grid
 from .errors import CPQError
 from .recompute import passed_on, remember
 from .sharding import assign_whole, whole
-from .spec import ActivationSpec, WeightSpec, level_bounds, level_offset
+from .spec import ActivationSpec, Grid, WeightSpec
 
 DECIDED = 1e4
 FIRST_LOGIT = 2.0  # P of the first bit that can be dropped: 0.88
@@ -134,12 +134,15 @@ class Quantizer(nn.Module):
         self,
         x: Tensor,
         shape: tuple[int, ...],
-        signed: bool,
+        full_grid: Grid,
         elements: float,
-        centered: bool = False,
         dtype: torch.dtype | None = None,
+        seed: Tensor | None = None,
     ) -> Tensor:
-        """`x` on the grid, with DropBits in training; `shape` makes `log_alpha` broadcast against it."""
+        """Round `x` to the grid, with DropBits in training; `shape` makes `log_alpha` broadcast against it.
+
+        `full_grid` is the grid of `max_bits`, `elements` how many share a step size.
+        """
         alpha = self.log_alpha.exp().view(shape)
         if x.dtype != torch.float32:  # autocast leaves a dtype below that to the operation itself
             dtype = None
@@ -154,12 +157,9 @@ class Quantizer(nn.Module):
                 alpha = alpha * self._coarser(bits) + 0 * self.bit_logits.sum()
             elif self.training and self.dropping and self.min_bits < bits:
                 keep = (1 - self.drop_rate).expand(bits - self.min_bits).cumprod(0)
-        scale = gradient_scale(elements, bits, signed)
-        if keep is None:
-            return remember(grid.fake_quantize(x, alpha, self.noise, bits, signed, scale, centered, dtype))
-        return remember(
-            grid.fake_quantize_dropped(x, alpha, self.noise, keep, bits, signed, self.min_bits, scale, centered, dtype)
-        )
+        own = full_grid.of_width(bits)
+        scale = gradient_scale(elements, own)
+        return remember(grid.fake_quantize(x, alpha, self.noise, own, scale, dtype, keep, seed))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class WeightQuantizer(Quantizer):
         """Weight of any floating dtype -> the same shape, on the grid, in `dtype` or its own."""
         spec = self.spec
         grouped = to_grouped(weight, spec)
-        quantized = self._quantize(grouped, self._shape, True, spec.elements_per_scale, spec.centered, dtype)
+        quantized = self._quantize(grouped, self._shape, spec.grid, spec.elements_per_scale, dtype)
         return passed_on(quantized, from_grouped(quantized, spec))
 
     def current_spec(self) -> WeightSpec:
@@ -210,8 +210,7 @@ class WeightQuantizer(Quantizer):
         if self.spec.granularity == "tensor":
             rows = rows.reshape(1, 1, -1)
         bits = self.max_bits if self.learning else self.bits
-        offset = level_offset(bits, self.spec.centered)
-        alpha = fitting.least_squares_alpha(rows, bits, True, offset) / self._coarser(bits)
+        alpha = fitting.least_squares_alpha(rows, self.spec.grid.of_width(bits)) / self._coarser(bits)
         self.log_alpha.copy_(alpha.log().reshape(self.log_alpha.shape))
 
     @torch.no_grad()
@@ -219,15 +218,16 @@ class WeightQuantizer(Quantizer):
         """Integer levels of `weight` as the packed form stores them: int8 `[rows, columns]`."""
         grouped = to_grouped(weight, self.spec)
         alpha = self.alpha().view(self._shape)
-        levels = grid.nearest_levels(grouped, alpha, self.bits, True, level_offset(self.bits, self.spec.centered))
+        levels = grid.nearest_levels(grouped, alpha, self.spec.grid.of_width(self.bits))
         return levels.flatten(1).to(torch.int8)
 
     @torch.no_grad()
     def cluster_distance(self, weight: Tensor) -> Tensor:
         """Mean distance to the nearest level, in steps, of the weights inside the grid: 0.25 if spread evenly."""
         v = to_grouped(weight, self.spec).float() / self.alpha().view(self._shape)
-        v = v - level_offset(self.bits, self.spec.centered)
-        lo, hi = level_bounds(self.bits, signed=True)
+        own = self.spec.grid.of_width(self.bits)
+        v = v - own.offset
+        lo, hi = own.bounds
         inside = (v > lo - 0.5) & (v < hi + 0.5)
         return whole(((v - v.round()).abs() * inside).sum()) / whole(inside.sum()).clamp(min=1)
 
@@ -278,7 +278,7 @@ class ActivationQuantizer(Quantizer):
             if not self.calibrated:  # nothing but zeros so far
                 return x
         elements = x.numel() / max(1, x.shape[0])
-        return self._quantize(x, (1,), bool(self._known_signed), elements, dtype=dtype)
+        return self._quantize(x, (1,), Grid(self.max_bits, bool(self._known_signed)), elements, dtype)
 
     def begin(self, noise: float) -> None:
         """As for any quantizer; and `signed` is not trained, which loading forgets when it replaces parameters."""
@@ -329,7 +329,7 @@ class ActivationQuantizer(Quantizer):
             return
         signed = bool((sample < 0).any())
         bits = self.max_bits if self.learning else self.bits
-        alpha = fitting.least_squares_alpha(sample[None], bits, signed) / self._coarser(bits)
+        alpha = fitting.least_squares_alpha(sample[None], Grid(bits, signed)) / self._coarser(bits)
         self.log_alpha.copy_(alpha.log().view(1))
         self.signed.fill_(float(signed))
         self._known_signed = signed
@@ -351,9 +351,9 @@ class ActivationQuantizer(Quantizer):
         return f"bits={_bits_text(self)}, signed={self._known_signed}"
 
 
-def gradient_scale(elements: float, bits: int, signed: bool) -> float:
-    """`1/sqrt(N * hi)`, `N` the elements that share a step (of an activation: those of one example)."""
-    return 1 / math.sqrt(max(1.0, elements) * level_bounds(bits, signed)[1])
+def gradient_scale(elements: float, grid: Grid) -> float:
+    """Return `1/sqrt(N * hi)`, `N` the elements that share a step size (of an activation: those of one example)."""
+    return 1 / math.sqrt(max(1.0, elements) * grid.bounds[1])
 
 
 def to_grouped(weight: Tensor, spec: WeightSpec) -> Tensor:

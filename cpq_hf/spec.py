@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import reprlib
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import CPQError
 
@@ -44,19 +44,41 @@ def check_min_bits(min_bits: int | None, bits: int) -> None:
         raise CPQError(f"a learned width needs `min_bits` (={min_bits}) below the largest (={bits})")
 
 
-def level_bounds(bits: int, signed: bool) -> tuple[int, int]:
-    """First and last level of the grid, `(lo, hi)`."""
-    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+class Grid(NamedTuple):
+    """The levels that a tensor is rounded to, in steps.
 
+    Args:
+        bits (`int`): Bit-width.
+        signed (`bool`): Levels `-2^(bits-1) .. 2^(bits-1)-1` if true, `0 .. 2^bits-1` if false.
+        centered (`bool`, defaults to False): At 2 bits, levels lie at -1.5, -0.5, 0.5 and 1.5 steps.
+    """
 
-def level_offset(bits: int, centered: bool) -> float:
-    """What is added to a level: 1/2 on a centred grid, whose levels then lie at -1.5, -0.5, 0.5 and 1.5 steps."""
-    return 0.5 if centered and bits <= CENTERED_BITS else 0.0
+    bits: int
+    signed: bool
+    centered: bool = False
 
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """First and last level, `(lo, hi)`."""
+        return (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.signed else (0, 2**self.bits - 1)
 
-def last_centered_level(signed: bool, centered: bool) -> int:
-    """Last level of the widest grid that is centred; -1 for none."""
-    return level_bounds(CENTERED_BITS, signed)[1] if centered else -1
+    @property
+    def offset(self) -> float:
+        """Number of steps that is added to every level: 1/2 on a grid that is centred on zero, else 0."""
+        return 0.5 if self.centered and self.bits <= CENTERED_BITS else 0.0
+
+    @property
+    def max_centered_level(self) -> int:
+        """Last level of the widest nested grid that is centred; -1 where none is."""
+        return self.of_width(CENTERED_BITS).bounds[1] if self.centered else -1
+
+    def of_width(self, bits: int) -> Grid:
+        """Return the grid of another bit-width, as DropBits nests it in this one."""
+        return Grid(bits, self.signed, self.centered)
+
+    def nested_max_levels(self, dropped: int) -> list[int]:
+        """Return the last level of the grids with `dropped`, ..., 1 and 0 bits less."""
+        return [self.of_width(bits).bounds[1] for bits in range(self.bits - dropped, self.bits + 1)]
 
 
 @dataclass(frozen=True)
@@ -140,13 +162,17 @@ class WeightSpec:
         return self.numel // max(1, math.prod(self.scale_shape))
 
     @property
+    def grid(self) -> Grid:
+        """Levels of the weight."""
+        return Grid(self.bits, signed=True, centered=self.centered)
+
+    @property
     def offset(self) -> float:
-        """What is added to a level before it is scaled."""
-        return level_offset(self.bits, self.centered)
+        return self.grid.offset
 
     @property
     def bounds(self) -> tuple[int, int]:
-        return level_bounds(self.bits, signed=True)
+        return self.grid.bounds
 
     def to_dict(self) -> dict[str, Any]:
         return _as_dict(self) | {"shape": list(self.shape)}
@@ -172,6 +198,11 @@ class ActivationSpec:
         check_min_bits(self.min_bits, self.bits)
         if not isinstance(self.signed, bool | None):
             raise CPQError(f"`signed` must be true, false or null, got {self.signed!r}")
+
+    @property
+    def grid(self) -> Grid:
+        """Levels of the activation; the sign must be known."""
+        return Grid(self.bits, signed=bool(self.signed))
 
     def to_dict(self) -> dict[str, Any]:
         return _as_dict(self)

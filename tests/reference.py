@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpq_hf.spec import level_bounds
+from cpq_hf.spec import Grid
 
 
 def fake_quantize(
@@ -18,7 +18,7 @@ def fake_quantize(
     centered: bool = False,
 ) -> Tensor:
     """One-hot of the mode forward, the cell probabilities backward; `drawn` gives each element its own bit-width."""
-    lo, hi = level_bounds(bits, signed)
+    lo, hi = Grid(bits, signed).bounds
     levels = torch.arange(lo, hi + 1, dtype=x.dtype)
     width = torch.full_like(x, bits) if drawn is None else drawn
     alpha = alpha * 2.0 ** (bits - width)
@@ -27,7 +27,7 @@ def fake_quantize(
     if drawn is None:
         first, last = torch.full_like(v, lo), torch.full_like(v, hi)
     else:
-        pairs = torch.tensor([level_bounds(int(k), signed) for k in drawn.flatten()], dtype=x.dtype)
+        pairs = torch.tensor([Grid(int(k), signed).bounds for k in drawn.flatten()], dtype=x.dtype)
         first, last = pairs.view(*x.shape, 2).split(1, dim=-1)
     inside = (levels >= first) & (levels <= last)
     above = torch.sigmoid((levels + 0.5 - v) / noise)
@@ -48,7 +48,7 @@ def at_widths(
     quantized = []
     for width in range(min_bits, bits + 1):
         step, offset = alpha * 2.0 ** (bits - width), 0.5 if centered and width == 2 else 0.0
-        quantized.append((torch.round(x / step - offset).clamp(*level_bounds(width, signed)) + offset) * step)
+        quantized.append((torch.round(x / step - offset).clamp(*Grid(width, signed).bounds) + offset) * step)
     return quantized
 
 
@@ -76,7 +76,7 @@ def keep_gradient(
 
 def expected_level_slope(v: Tensor, noise: float, bits: int, signed: bool) -> Tensor:
     """D(v) by the full sum over all boundaries."""
-    lo, hi = level_bounds(bits, signed)
+    lo, hi = Grid(bits, signed).bounds
     total = torch.zeros_like(v)
     for j in range(lo, hi):
         p = torch.sigmoid((v - j - 0.5) / noise)

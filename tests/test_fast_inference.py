@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from cpq_hf import CPQConfig, CPQError, calibrate_model, fast_inference, pack_model, prepare_model
 from cpq_hf.kernels import packed
 from cpq_hf.packing import pack
-from cpq_hf.spec import level_bounds
+from cpq_hf.spec import Grid
 
 BITS = [2, 3, 4, 5, 6, 7, 8]
 SHAPES = {  # rows, columns, groups (0: one scale for all)
@@ -45,7 +45,7 @@ def _kernels():
 
 def packed_rows(bits: int, shape: str):
     rows, columns, groups = SHAPES[shape]
-    lo, hi = level_bounds(bits, True)
+    lo, hi = Grid(bits, True).bounds
     levels = torch.randint(lo, hi + 1, (rows, columns))
     return pack(levels, bits), torch.rand(rows, groups) + 0.1 if groups else torch.rand(1) + 0.1, columns
 

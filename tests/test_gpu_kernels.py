@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cpq_hf import CPQConfig, CPQController, grid, kernels, prepare_model, summarize
 from cpq_hf.kernels import BACKENDS, gpu
 from cpq_hf.kernels.layout import Layout
-from cpq_hf.spec import RAREST, level_bounds
+from cpq_hf.spec import RAREST, Grid
 
 pytest.importorskip("triton")
 
@@ -93,15 +93,15 @@ def assert_close(ours, theirs, dtype, bits, g, alpha):
 def widths_drawn(x, alpha, keep, seed, bits, signed):
     """The bit-width of each element: what becomes of a value far above the grid is the last level of its own."""
     above = torch.full_like(x, torch.inf).detach()
-    top = gpu.quantize(above, torch.ones_like(alpha), bits, signed, False, keep, seed, x.dtype)
-    ratio = level_bounds(bits, signed)[1] + 1 - top.double()
+    top = gpu.quantize(above, torch.ones_like(alpha), Grid(bits, signed), keep, seed, x.dtype)
+    ratio = Grid(bits, signed).bounds[1] + 1 - top.double()
     return bits - ratio.log2().round().long()
 
 
 @pytest.fixture
 def fixed_seed(monkeypatch):
     seed = torch.tensor([-1234567890123456789], device=DEVICE)
-    monkeypatch.setattr(grid, "_draw_words", lambda count, device: seed)
+    monkeypatch.setattr(grid, "draw_seed", lambda device: seed)
     return seed
 
 
@@ -113,7 +113,7 @@ def test_equal_to_the_textbook(layout, dtype, bits, signed, launches):
     centered = signed and bits == 2
     x, alpha, g = case(layout, dtype, bits)
     ours = with_gradients(
-        lambda x, alpha: grid.fake_quantize(x, alpha, NOISE, bits, signed, 1.0, centered), [x, alpha], g
+        lambda x, alpha: grid.fake_quantize(x, alpha, NOISE, Grid(bits, signed, centered)), [x, alpha], g
     )
     assert len(launches) == 2
     assert [tensor.dtype for tensor in ours] == [dtype, dtype, torch.float32]
@@ -130,9 +130,9 @@ def test_rounding_to_another_dtype_at_once(layout, dtype, dropped, launches, fix
 
     def run(**options):
         if dropped:
-            output = grid.fake_quantize_dropped(x, alpha, NOISE, keep, 4, True, 2, **options).to(dtype)
+            output = grid.fake_quantize(x, alpha, NOISE, Grid(4, True), **options, keep_prob=keep).to(dtype)
         else:
-            output = grid.fake_quantize(x, alpha, NOISE, 4, True, **options).to(dtype)
+            output = grid.fake_quantize(x, alpha, NOISE, Grid(4, True), **options).to(dtype)
         again = grid.quantize_again(output.grad_fn) if options else output
         return output, again, *torch.autograd.grad(output, [x, alpha, *([keep] if dropped else [])], g)
 
@@ -148,7 +148,7 @@ def test_rounding_to_another_dtype_at_once(layout, dtype, dropped, launches, fix
 
 def test_lopsided_grid_of_two_bits():
     x, alpha, g = case("rows", torch.float32, 2)
-    ours = with_gradients(lambda x, alpha: grid.fake_quantize(x, alpha, NOISE, 2, True), [x, alpha], g)
+    ours = with_gradients(lambda x, alpha: grid.fake_quantize(x, alpha, NOISE, Grid(2, True)), [x, alpha], g)
     assert_close(ours, textbook(x, alpha, g, 2, True, None, False), torch.float32, 2, g, alpha)
     assert set((ours[0] / alpha).round().unique().tolist()) == {-2, -1, 0, 1}
 
@@ -162,7 +162,7 @@ def test_dropbits_equal_to_the_textbook(layout, dtype, bits, min_bits, signed, f
     x, alpha, g = case(layout, dtype, bits)
     keep = torch.linspace(0.9, 0.4, bits - min_bits, device=DEVICE).requires_grad_()
     ours = with_gradients(
-        lambda x, alpha, keep: grid.fake_quantize_dropped(x, alpha, NOISE, keep, bits, signed, min_bits, 1.0, signed),
+        lambda x, alpha, keep: grid.fake_quantize(x, alpha, NOISE, Grid(bits, signed, signed), keep_prob=keep),
         [x, alpha, keep],
         g,
     )
@@ -180,7 +180,7 @@ def test_dropbits_equal_to_the_textbook(layout, dtype, bits, min_bits, signed, f
 def test_rare_bits_have_a_bounded_weight(fixed_seed):
     x, alpha, g = case("rows", torch.float32, 3)
     keep = torch.tensor([0.001], device=DEVICE, requires_grad=True)
-    output = grid.fake_quantize_dropped(x, alpha, NOISE, keep, 3, True, 2)
+    output = grid.fake_quantize(x, alpha, NOISE, Grid(3, True), keep_prob=keep)
     (ours,) = torch.autograd.grad(output, [keep], g)
     drawn = widths_drawn(x, alpha, keep.detach(), fixed_seed, 3, True).cpu()
     assert drawn.eq(3).any()
@@ -222,7 +222,7 @@ def test_processes_and_seeds_draw_masks_of_their_own(monkeypatch):
         monkeypatch.setattr(grid, "process_rank", lambda: rank)
         torch.manual_seed(seed)
         keep = torch.tensor([0.5], device=DEVICE)
-        return grid.fake_quantize_dropped(x, alpha, NOISE, keep, 4, True, 3)
+        return grid.fake_quantize(x, alpha, NOISE, Grid(4, True), keep_prob=keep)
 
     masks = [draw(0, 0), draw(1, 0), draw(0, 1), draw(0, 2)]
     assert torch.equal(masks[0], draw(0, 0))
@@ -236,16 +236,16 @@ def test_nothing_of_the_size_of_the_weight_is_stored():
     x, alpha, _ = case("rows", torch.float32, 4)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        grid.fake_quantize_dropped(x, alpha, NOISE, torch.ones(2, device=DEVICE), 4, True, 2)
+        grid.fake_quantize(x, alpha, NOISE, Grid(4, True), keep_prob=torch.ones(2, device=DEVICE))
     assert sorted(tensor.numel() for tensor in saved) == [1, 1, 2, 18, x.numel()]
     assert any(tensor.data_ptr() == x.data_ptr() for tensor in saved)
 
 
-def test_trained_noise_is_left_to_torch_with_stored_widths(launches):
+def test_trained_noise_is_left_to_torch(launches):
     x, alpha, g = case("rows", torch.float32, 4)
     noise = NOISE.clone().requires_grad_()
     keep = torch.tensor([0.8, 0.5], device=DEVICE, requires_grad=True)
-    output = grid.fake_quantize_dropped(x, alpha, noise, keep, 4, True, 2)
+    output = grid.fake_quantize(x, alpha, noise, Grid(4, True), keep_prob=keep)
     assert all(gradient.abs().sum() > 0 for gradient in torch.autograd.grad(output, [x, alpha, noise, keep], g))
     assert not launches
 
@@ -258,9 +258,9 @@ def test_repeated_bit_by_bit(layout, dropped, fixed_seed):
 
     def run():
         if dropped:
-            output = grid.fake_quantize_dropped(x, alpha, NOISE, keep, 4, True, 2)
+            output = grid.fake_quantize(x, alpha, NOISE, Grid(4, True), keep_prob=keep)
             return torch.autograd.grad(output, [x, alpha, keep], g)
-        return torch.autograd.grad(grid.fake_quantize(x, alpha, NOISE, 4, True), [x, alpha], g)
+        return torch.autograd.grad(grid.fake_quantize(x, alpha, NOISE, Grid(4, True)), [x, alpha], g)
 
     assert all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
 
@@ -269,9 +269,9 @@ def test_gradient_in_another_order_dtype_or_expanded():
     x = torch.randn(2, 6, 5, 7, device=DEVICE).to(memory_format=torch.channels_last).requires_grad_()
     alpha = torch.tensor([0.3], device=DEVICE, requires_grad=True)
     g = torch.randn(2, 6, 5, 7, device=DEVICE)
-    ours = with_gradients(lambda x, alpha: grid.fake_quantize(x, alpha, NOISE, 4, True), [x, alpha], g)
+    ours = with_gradients(lambda x, alpha: grid.fake_quantize(x, alpha, NOISE, Grid(4, True)), [x, alpha], g)
     assert_close(ours, textbook(x, alpha, g, 4, True, None, False), torch.float32, 4, g, alpha)
-    grid.fake_quantize(x, alpha, NOISE, 4, True).sum().backward()
+    grid.fake_quantize(x, alpha, NOISE, Grid(4, True)).sum().backward()
     assert_close(
         [ours[0], x.grad, alpha.grad],
         textbook(x, alpha, torch.ones_like(g), 4, True, None, False),
@@ -285,7 +285,7 @@ def test_gradient_in_another_order_dtype_or_expanded():
 def test_the_gradient_of_alpha_is_scaled():
     x, alpha, g = case("long rows", torch.float32, 4)
     plain, scaled = (
-        torch.autograd.grad(grid.fake_quantize(x, alpha, NOISE, 4, True, scale), [x, alpha], g)
+        torch.autograd.grad(grid.fake_quantize(x, alpha, NOISE, Grid(4, True), scale), [x, alpha], g)
         for scale in (1.0, 0.25)
     )
     assert torch.equal(plain[0], scaled[0])
@@ -297,8 +297,8 @@ def test_the_gradient_of_alpha_is_scaled():
 def test_values_far_outside(bits, noise):
     x = torch.tensor([torch.inf, -torch.inf, 3e38, -40.0, 100.0], device=DEVICE).requires_grad_()
     alpha = torch.tensor([1.0], device=DEVICE, requires_grad=True)
-    output = grid.fake_quantize(x, alpha, torch.tensor([noise], device=DEVICE), bits, True)
-    lo, hi = level_bounds(bits, True)
+    output = grid.fake_quantize(x, alpha, torch.tensor([noise], device=DEVICE), Grid(bits, True))
+    lo, hi = Grid(bits, True).bounds
     assert output.tolist() == [hi, lo, hi, lo, hi]
     output.sum().backward()
     assert x.grad.abs().max() < 0.02
@@ -307,17 +307,17 @@ def test_values_far_outside(bits, noise):
 
 def test_nan_stays_nan():
     x = torch.tensor([torch.nan, 0.3], device=DEVICE)
-    out = grid.fake_quantize(x, torch.tensor([0.1], device=DEVICE), NOISE, 4, True)
+    out = grid.fake_quantize(x, torch.tensor([0.1], device=DEVICE), NOISE, Grid(4, True))
     assert out.isnan().tolist() == [True, False]
 
 
 def test_rounding_is_to_even_and_exact():
-    lo, hi = level_bounds(8, True)
+    lo, hi = Grid(8, True).bounds
     half = torch.arange(lo - 4, hi + 4, device=DEVICE) + 0.5
-    out = grid.fake_quantize(half, torch.tensor([1.0], device=DEVICE), NOISE, 8, True)
+    out = grid.fake_quantize(half, torch.tensor([1.0], device=DEVICE), NOISE, Grid(8, True))
     assert torch.equal(out, half.round().clamp(lo, hi))
     x, alpha = torch.randn(10_000, device=DEVICE), torch.tensor([0.0371], device=DEVICE)
-    assert torch.equal(grid.fake_quantize(x, alpha, NOISE, 8, True), (x / alpha).round().clamp(lo, hi) * alpha)
+    assert torch.equal(grid.fake_quantize(x, alpha, NOISE, Grid(8, True)), (x / alpha).round().clamp(lo, hi) * alpha)
 
 
 @pytest.mark.parametrize(
@@ -334,8 +334,8 @@ def test_what_the_kernels_leave_to_torch(x, alpha, launches):
     x, alpha = x.to(DEVICE).requires_grad_(), alpha.to(DEVICE).requires_grad_()
     noise, keep = NOISE.to(x.dtype), torch.tensor([0.5], device=DEVICE)
     for output in (
-        grid.fake_quantize(x, alpha, noise, 4, True),
-        grid.fake_quantize_dropped(x, alpha, noise, keep, 4, True, 3),
+        grid.fake_quantize(x, alpha, noise, Grid(4, True)),
+        grid.fake_quantize(x, alpha, noise, Grid(4, True), keep_prob=keep),
     ):
         output.sum().backward()
         assert output.shape == x.grad.shape == x.shape
@@ -363,8 +363,8 @@ def test_compiled_without_a_graph_break(dropped, fixed_seed, launches):
 
     def function(x, alpha, keep):
         if dropped:
-            return grid.fake_quantize_dropped(x, alpha.exp(), NOISE, keep * 1, 4, True, 2).sin()
-        return grid.fake_quantize(x, alpha.exp(), NOISE, 4, True).sin() + keep.sum()
+            return grid.fake_quantize(x, alpha.exp(), NOISE, Grid(4, True), keep_prob=keep * 1).sin()
+        return grid.fake_quantize(x, alpha.exp(), NOISE, Grid(4, True)).sin() + keep.sum()
 
     torch._dynamo.reset()
     plain = with_gradients(function, [x, alpha, keep], g)
@@ -411,7 +411,7 @@ def test_gradient_checkpointing_repeats_the_mask(reentrant):
 
     def function(x, alpha):
         keep = torch.tensor([0.8, 0.5], device=DEVICE)
-        return grid.fake_quantize_dropped(x, alpha, NOISE, keep, 4, True, 2).square()
+        return grid.fake_quantize(x, alpha, NOISE, Grid(4, True), keep_prob=keep).square()
 
     def run(checkpointed):
         torch.manual_seed(0)
@@ -480,8 +480,8 @@ def test_the_summary_names_the_kernel(monkeypatch):
     gpu._kernels.cache_clear()
     assert summarize(model).to_dict()["kernel"] == "eager"
     x, alpha, _ = case("rows", torch.float32, 4)
-    assert gpu.quantize(x, alpha, 4, True, False, None, None, x.dtype) is None
-    grid.fake_quantize_dropped(x, alpha, NOISE, torch.tensor([0.5], device=DEVICE), 4, True, 3).sum().backward()
+    assert gpu.quantize(x, alpha, Grid(4, True), None, None, x.dtype) is None
+    grid.fake_quantize(x, alpha, NOISE, Grid(4, True), keep_prob=torch.tensor([0.5], device=DEVICE)).sum().backward()
     assert kernels.name("meta") == "eager"
 
 
@@ -493,6 +493,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from cpq_hf import grid
 from cpq_hf.kernels import BACKENDS, gpu, grid_triton
+from cpq_hf.spec import Grid
 
 class Hopper:
     get_current_device = get_current_stream = lambda self, *args: 0
@@ -524,9 +525,9 @@ for dtype, made, (shape, alphas), bits, dropped in (
         before = variants(grid_triton.forward), variants(grid_triton.backward)
         if dropped:
             keep = torch.full((dropped,), 0.5, requires_grad=bits > 3)
-            output = grid.fake_quantize_dropped(x, alpha, noise, keep, bits, True, bits - dropped, dtype=made)
+            output = grid.fake_quantize(x, alpha, noise, Grid(bits, True), dtype=made, keep_prob=keep)
         else:
-            output = grid.fake_quantize(x, alpha, noise, bits, True, dtype=made)
+            output = grid.fake_quantize(x, alpha, noise, Grid(bits, True), dtype=made)
         output.backward(torch.ones_like(output))
         for kernel in compiled:
             text = kernel.asm["ptx"]
@@ -552,9 +553,9 @@ def test_compiles_for_hopper_with_wide_accesses(tmp_path):
 @LAYOUTS
 def test_equal_to_the_cpu(layout):
     x, alpha, g = case(layout, torch.float32, 4)
-    here = with_gradients(lambda x, alpha: grid.fake_quantize(x, alpha, NOISE, 4, True), [x, alpha], g)
+    here = with_gradients(lambda x, alpha: grid.fake_quantize(x, alpha, NOISE, Grid(4, True)), [x, alpha], g)
     inputs = [tensor.detach().cpu().requires_grad_() for tensor in (x, alpha)]
-    there = with_gradients(lambda x, alpha: grid.fake_quantize(x, alpha, NOISE.cpu(), 4, True), inputs, g.cpu())
+    there = with_gradients(lambda x, alpha: grid.fake_quantize(x, alpha, NOISE.cpu(), Grid(4, True)), inputs, g.cpu())
     assert torch.equal(here[0].cpu(), there[0])
     for one, other in zip(here[1:], there[1:], strict=True):
         assert torch.allclose(one.cpu(), other, rtol=1e-5, atol=1e-4)

@@ -15,7 +15,7 @@ from torch import nn
 from cpq_hf import CPQConfig, fast_inference, pack_model, prepare_model
 from cpq_hf.kernels import packed, packed_gpu
 from cpq_hf.packing import pack
-from cpq_hf.spec import level_bounds
+from cpq_hf.spec import Grid
 
 pytest.importorskip("triton")
 
@@ -65,7 +65,7 @@ def packed_rows(bits, shape):
     rows, columns, groups = SHAPES[shape]
     if groups > 1 and columns // groups % packed_gpu._VALUES[bits]:
         pytest.fail("the kernel does not take such groups")
-    lo, hi = level_bounds(bits, True)
+    lo, hi = Grid(bits, True).bounds
     levels = torch.randint(lo, hi + 1, (rows, columns))
     scale = torch.rand(rows, groups) + 0.1 if groups else torch.rand(1) + 0.1
     return pack(levels, bits).to(DEVICE), scale.to(DEVICE), columns

@@ -11,8 +11,8 @@ import torch
 
 from cpq_hf import fitting, grid
 from cpq_hf.kernels import cpu, crc
-from cpq_hf.kernels.layout import Layout
-from cpq_hf.spec import level_bounds
+from cpq_hf.kernels.layout import Layout, in_memory_order_of
+from cpq_hf.spec import Grid
 
 NOISE = torch.tensor([0.15])
 SHAPES = {  # x, alpha
@@ -69,15 +69,16 @@ def test_equal_to_torch_operations(layout, dtype, bits, signed, dropped, eager, 
     centered = signed and bits != 3  # 3 bits, dropped, are the case of an element of 2 bits that is not centred
     x, alpha, g = case(*SHAPES[layout], dtype, bits)
     keep = torch.linspace(0.9, 0.5, bits - 2)
-    drawn = grid.draw_last_levels(x, keep, signed, 2)
-    monkeypatch.setattr(grid, "draw_last_levels", lambda *_: drawn)  # torch operations draw others from the same seed
+    drawn = grid.draw_max_level(x, keep, torch.tensor([5]), Grid(bits, signed))
+    monkeypatch.setattr(grid, "draw_max_level", lambda *_: drawn)  # torch operations draw others from the same seed
+    monkeypatch.setattr(cpu, "draw_max_level", lambda *_: drawn)
     calls = []
     monkeypatch.setattr(cpu, "_layout", lambda *a, original=cpu._layout: calls.append(original(*a)) or calls[-1])
 
     def function():
         if dropped:
-            return grid.fake_quantize_dropped(x, alpha, NOISE, keep, bits, signed, 2, 0.1, centered)
-        return grid.fake_quantize(x, alpha, NOISE, bits, signed, 0.1, centered)
+            return grid.fake_quantize(x, alpha, NOISE, Grid(bits, signed, centered), 0.1, keep_prob=keep)
+        return grid.fake_quantize(x, alpha, NOISE, Grid(bits, signed, centered), 0.1)
 
     ours, theirs = both_ways(function, x, alpha, g, eager)
     assert None not in calls[:2]
@@ -103,9 +104,9 @@ def test_rounding_to_another_dtype_at_once(layout, dtype, dropped, eager):
     def run(**options):
         torch.manual_seed(5)
         if dropped:
-            output = grid.fake_quantize_dropped(x, alpha, NOISE, keep, 4, True, 2, **options).to(dtype)
+            output = grid.fake_quantize(x, alpha, NOISE, Grid(4, True), **options, keep_prob=keep).to(dtype)
         else:
-            output = grid.fake_quantize(x, alpha, NOISE, 4, True, **options).to(dtype)
+            output = grid.fake_quantize(x, alpha, NOISE, Grid(4, True), **options).to(dtype)
         again = grid.quantize_again(output.grad_fn) if options else output
         return output, again, *torch.autograd.grad(output, [x, alpha, *([keep] if dropped else [])], g)
 
@@ -119,10 +120,11 @@ def test_rounding_to_another_dtype_at_once(layout, dtype, dropped, eager):
 def test_bits_are_dropped_by_the_published_generator():
     """Philox4x32-10 of counter 0 and key 0, as in the known answers of its authors' library."""
     numbers = torch.tensor([0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8])
+    seed, own = torch.tensor([0]), Grid(3, True)
     for index, number in enumerate(numbers.tolist()):
         for half, u in enumerate((number & 0xFFFF, number >> 16)):
             for keep, last_level in ((u, 1), (u + 1, 3)):  # kept if u is below
-                drawn = cpu.draw_last_levels(0, torch.tensor([keep / 2**16]), [1, 3], 128)
+                drawn = cpu.draw_max_level(torch.empty(128), torch.tensor([keep / 2**16]), seed, own)
                 assert drawn[32 * index + half] == last_level
 
 
@@ -131,7 +133,8 @@ def test_draws_do_not_depend_on_the_number_of_threads(count, monkeypatch):
     draws = []
     for threads in (1, 2, 3):
         monkeypatch.setattr(cpu, "_threads", lambda _, threads=threads: threads)
-        draws.append(cpu.draw_last_levels(-5, torch.tensor([0.8, 0.5, 0.0]), [1, 3, 7, 15], count))
+        keep = torch.tensor([0.8, 0.5, 0.0])
+        draws.append(cpu.draw_max_level(torch.empty(count), keep, torch.tensor([-5]), Grid(5, True)))
     assert all(torch.equal(draws[0], other) for other in draws)
     assert draws[0].max() <= 7  # a probability of 0 is one
 
@@ -146,9 +149,10 @@ def test_gradient_of_keep_probabilities_equals_torch_operations(layout, dtype, s
         x, alpha, _ = (tensor.detach() for tensor in case(*SHAPES[layout], dtype, 5))
     g = torch.randn(x.shape).to(dtype)
     keep = torch.tensor([0.999, 0.7, 0.01])
-    last_levels = grid.draw_last_levels(x, keep, signed, 2)
-    ours = cpu.keep_gradient(x, alpha, 5, signed, signed, keep, last_levels, g)
-    theirs = eager(lambda: grid._keep_gradient(x, alpha, keep, last_levels, g, 5, signed, signed))
+    own = Grid(5, signed, signed)
+    max_level = grid.draw_max_level(x, keep, torch.tensor([5]), own)
+    ours = cpu.keep_gradient(x, alpha, own, keep, max_level, in_memory_order_of(x, g, dtype))
+    theirs = eager(lambda: grid._keep_gradient(x, alpha, own, keep, max_level, g))
     terms = 25 * (g.float() * alpha).norm() * 16  # the sums cancel: relative to the size of what they add up
     assert ours is not None
     assert ((ours - theirs).abs() <= 1e-6 * terms).all()
@@ -158,10 +162,10 @@ def test_transposed_weights(eager):
     weight = torch.randn(96, 130, requires_grad=True)  # [in, out], as transformers' Conv1D has it
     alpha = (torch.rand(130, 1, 1) + 0.2).requires_grad_()
     g = torch.randn(130, 1, 96)
-    assert cpu._layout(weight.t()[:, None, :], alpha, None) == (96, 130, Layout.COLUMNS)
+    assert cpu._layout(weight.t()[:, None, :], alpha) == (96, 130, Layout.COLUMNS)
 
     def function():
-        return grid.fake_quantize(weight.t()[:, None, :], alpha, NOISE, 4, True)
+        return grid.fake_quantize(weight.t()[:, None, :], alpha, NOISE, Grid(4, True))
 
     ours, theirs = both_ways(function, weight, alpha, g, eager)
     assert torch.equal(ours[0], theirs[0])
@@ -173,7 +177,7 @@ def test_channels_last_activations(eager):
     x = torch.randn(2, 6, 5, 7).to(memory_format=torch.channels_last).requires_grad_()
     alpha = torch.tensor([0.3], requires_grad=True)
     g = torch.randn(2, 6, 5, 7)  # not channels_last
-    ours, theirs = both_ways(lambda: grid.fake_quantize(x, alpha, NOISE, 4, True), x, alpha, g, eager)
+    ours, theirs = both_ways(lambda: grid.fake_quantize(x, alpha, NOISE, Grid(4, True)), x, alpha, g, eager)
     for one, other in zip(ours, theirs, strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
 
@@ -186,7 +190,7 @@ def test_noise_at_its_ends_and_values_far_outside(bits, noise, eager):
     alpha, g = torch.tensor([1.0], requires_grad=True), torch.randn(33)
 
     def function():
-        return grid.fake_quantize(x, alpha, torch.tensor([noise]), bits, True)
+        return grid.fake_quantize(x, alpha, torch.tensor([noise]), Grid(bits, True))
 
     ours, theirs = both_ways(function, x, alpha, g, eager)
     assert torch.equal(ours[0], theirs[0])
@@ -199,24 +203,24 @@ def test_bfloat16_is_rounded_to_nearest_even():
     # level * alpha lies exactly between two bfloat16 numbers: above an even one, above an odd one, and just off
     for alpha in (1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, 1 + 3 * 2**-8 - 2**-20):
         x = torch.tensor([1.0, -1.0, 2.0], dtype=torch.bfloat16)
-        out = grid.fake_quantize(x, torch.tensor([alpha]), NOISE, 8, True)
+        out = grid.fake_quantize(x, torch.tensor([alpha]), NOISE, Grid(8, True))
         assert torch.equal(out, (torch.tensor([1.0, -1.0, 2.0]) * alpha).to(torch.bfloat16)), alpha
 
 
 def test_nan_stays_nan():
     x = torch.tensor([torch.nan, 0.3])
-    out = grid.fake_quantize(x, torch.tensor([0.1]), NOISE, 4, True)
+    out = grid.fake_quantize(x, torch.tensor([0.1]), NOISE, Grid(4, True))
     assert out.isnan().tolist() == [True, False]
 
 
 def test_rounding_is_to_even_and_exact():
-    lo, hi = level_bounds(8, True)
+    lo, hi = Grid(8, True).bounds
     half = torch.arange(lo - 4, hi + 4) + 0.5
-    out = grid.fake_quantize(half, torch.tensor([1.0]), NOISE, 8, True)
+    out = grid.fake_quantize(half, torch.tensor([1.0]), NOISE, Grid(8, True))
     assert torch.equal(out, half.round().clamp(lo, hi))
     alpha = torch.tensor([0.0371])
     x = torch.randn(100_000)
-    assert torch.equal(grid.fake_quantize(x, alpha, NOISE, 8, True), (x / alpha).round().clamp(lo, hi) * alpha)
+    assert torch.equal(grid.fake_quantize(x, alpha, NOISE, Grid(8, True)), (x / alpha).round().clamp(lo, hi) * alpha)
 
 
 @pytest.mark.parametrize("layout", SHAPES)
@@ -226,7 +230,7 @@ def test_results_do_not_depend_on_the_number_of_threads(layout, monkeypatch):
     results = []
     for threads in (1, 2, 3):
         monkeypatch.setattr(cpu, "_threads", lambda _, threads=threads: threads)
-        output = grid.fake_quantize(x, alpha, NOISE, 4, True)
+        output = grid.fake_quantize(x, alpha, NOISE, Grid(4, True))
         results.append((output.detach(), *torch.autograd.grad(output, [x, alpha], g)))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -244,8 +248,8 @@ def test_results_do_not_depend_on_the_number_of_threads(layout, monkeypatch):
     ids=["float64", "float16", "strided", "alpha per column", "empty"],
 )
 def test_what_the_kernels_leave_to_torch(x, alpha):
-    assert cpu.quantize(x, alpha, 4, True, False, None, None, x.dtype) is None
-    assert grid.fake_quantize(x, alpha, NOISE.to(alpha.dtype), 4, True).shape == x.shape
+    assert cpu.quantize(x, alpha, Grid(4, True), None, None, x.dtype) is None
+    assert grid.fake_quantize(x, alpha, NOISE.to(alpha.dtype), Grid(4, True)).shape == x.shape
 
 
 def run_python(script: str, **environment: str) -> subprocess.CompletedProcess:
@@ -287,9 +291,10 @@ def test_built_once_and_not_at_import(tmp_path):
 def test_step_sizes_are_tried_as_by_torch(bits):
     """In one call, and rows longer than the block in which a sum stays float32."""
     x, tries = torch.randn(5, 3000), torch.rand(5, 7) + 0.05
-    found = cpu.try_steps(x, tries, bits, True, 0.5)
+    own = Grid(bits, True, centered=True)
+    found = cpu.try_steps(x, tries, own)
     assert found is not None
-    for got, want in zip(found, fitting._try_steps(x.double(), tries.double(), bits, True, 0.5), strict=True):
+    for got, want in zip(found, fitting._try_steps(x.double(), tries.double(), own), strict=True):
         assert torch.allclose(got, want, rtol=1e-5)
 
 

@@ -137,8 +137,9 @@ def test_gradient_of_the_step_is_scaled():
     alpha = layer.weight_quantizer.alpha()
     v = layer.weight.detach() / alpha
     from cpq_hf.grid import slope
+    from cpq_hf.spec import Grid
 
-    d = slope(v.clone(), layer.weight_quantizer.noise, 4, True)
+    d = slope(v.clone(), layer.weight_quantizer.noise, Grid(4, True))
     want = (g * (v.round().clamp(-8, 7) - v * d)).sum(1, keepdim=True) * alpha / math.sqrt(24 * 7)
     assert torch.allclose(layer.weight_quantizer.log_alpha.grad, want, rtol=1e-4, atol=1e-6)
 

@@ -7,7 +7,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 
 from cpq_hf.packing import pack, unpack, words_per_row
-from cpq_hf.spec import level_bounds
+from cpq_hf.spec import Grid
 
 BITS = [2, 3, 4, 5, 6, 7, 8]
 COLUMNS = [1, 7, 31, 32, 33, 64, 100]
@@ -20,7 +20,7 @@ GOLDEN = {
 
 
 def random_levels(rows: int, columns: int, bits: int) -> torch.Tensor:
-    lo, hi = level_bounds(bits, signed=True)
+    lo, hi = Grid(bits, True).bounds
     return torch.randint(lo, hi + 1, (rows, columns), dtype=torch.int8)
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ..nn import PackedEmbedding, PackedLayer, weight_name
 from ..packing import unpack
-from ..spec import WeightSpec, level_bounds
+from ..spec import WeightSpec
 
 DOMAIN = "cpq_hf"  # of the placeholders; none is left in the file
 OPSET, OPSET_WITH_INT2, IR_WITH_INT2 = 21, 25, 13  # the first with INT4, the first with INT2
@@ -120,7 +120,7 @@ class Lowering:
         dtype, kind = (torch.int8, "INT8") if activation.signed else (torch.uint8, "UINT8")
         alpha, x = layer.input_scale.reshape(()), inputs[0]
         if activation.bits < 8:
-            ends = level_bounds(activation.bits, bool(activation.signed))
+            ends = activation.grid.bounds
             lo, hi = (self.constant(f"{name}.input_level_{end}", alpha * end) for end in ends)
             x = op("Clip", [x, lo, hi])
         scale = self.constant(f"{name}.input_scale", alpha)

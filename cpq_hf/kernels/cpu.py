@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..spec import MIN_BITS, RAREST, last_centered_level, level_bounds
+from ..spec import MIN_BITS, RAREST, Grid
 from .compiler import load_library
 from .layout import Layout, find_layout, in_memory_order_of
 
@@ -29,29 +29,17 @@ _TYPES = {  # of `x`, and of what is made of it and its gradient; grid.c has the
 _ELEMENTS_PER_THREAD = 1 << 14  # below that, waking another thread costs more than it saves
 
 
-def draws(x: Tensor, alpha: Tensor) -> bool:
-    """Whether the kernels draw bit-widths themselves: no, they read `last_levels`, a byte an element."""
-    return False
-
-
 def quantize(
-    x: Tensor,
-    alpha: Tensor,
-    bits: int,
-    signed: bool,
-    centered: bool,
-    keep: Tensor | None,
-    last_levels: Tensor | None,
-    dtype: torch.dtype,
+    x: Tensor, alpha: Tensor, grid: Grid, keep_prob: Tensor | None, seed: Tensor | None, dtype: torch.dtype
 ) -> Tensor | None:
-    """`x` on the grid in `dtype`, or None if it cannot be done here. `last_levels` say all that `keep` does."""
-    if (layout := _layout(x, alpha, last_levels)) is None or (library := load()) is None:
+    """Round `x` to the grid in `dtype`; None if it cannot be done here."""
+    if (layout := _layout(x, alpha)) is None or (library := load()) is None:
         return None
     out = torch.empty_like(x, dtype=dtype if (x.dtype, dtype) in _TYPES else x.dtype)
+    max_level = _max_level(x, grid, keep_prob, seed)
     library.cpq_forward(
-        x.data_ptr(), alpha.data_ptr(), _pointer(last_levels), out.data_ptr(),
-        *layout, *level_bounds(bits, signed), last_centered_level(signed, centered), _TYPES[x.dtype, out.dtype],
-        _threads(x),
+        x.data_ptr(), alpha.data_ptr(), _pointer(max_level), out.data_ptr(),
+        *layout, *grid.bounds, grid.max_centered_level, _TYPES[x.dtype, out.dtype], _threads(x),
     )  # fmt: skip
     return out.to(dtype)
 
@@ -59,34 +47,34 @@ def quantize(
 def gradients(
     x: Tensor,
     alpha: Tensor,
-    bits: int,
-    signed: bool,
-    centered: bool,
-    keep: Tensor | None,
-    last_levels: Tensor | None,
+    grid: Grid,
+    keep_prob: Tensor | None,
+    seed: Tensor | None,
     noise: Tensor,
     g: Tensor,
     alpha_scale: float,
     of_keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """Gradients of `x`, `alpha` (times `alpha_scale`) and, if asked for, `keep`; None if it cannot be done here."""
-    if (layout := _layout(x, alpha, last_levels)) is None or noise.dtype != torch.float32:
+    """Return the gradients of `x`, `alpha` (times `alpha_scale`) and, if asked for, `keep_prob`.
+
+    None if it cannot be done here.
+    """
+    if (layout := _layout(x, alpha)) is None or (library := load()) is None:
         return None
-    if (library := load()) is None:
-        return None
+    max_level = _max_level(x, grid, keep_prob, seed)
+    g = _like(x, g)
     grad_keep = None
     if of_keep:
-        assert keep is not None
-        assert last_levels is not None
-        if (grad_keep := keep_gradient(x, alpha, bits, signed, centered, keep, last_levels, g)) is None:
+        assert keep_prob is not None
+        assert max_level is not None
+        if (grad_keep := keep_gradient(x, alpha, grid, keep_prob, max_level, g)) is None:
             return None
-    narrow = bits - (0 if keep is None else keep.numel()) == MIN_BITS
-    g = _like(x, g)
+    narrow = grid.bits - (0 if keep_prob is None else keep_prob.numel()) == MIN_BITS
     grad_x, grad_alpha = torch.empty_like(x), torch.empty_like(alpha)
     failed = library.cpq_backward(
-        x.data_ptr(), alpha.data_ptr(), _pointer(last_levels), noise.data_ptr(), g.data_ptr(), grad_x.data_ptr(),
-        grad_alpha.data_ptr(), *layout, *level_bounds(bits, signed), last_centered_level(signed, centered), narrow,
-        _TYPES[x.dtype, g.dtype], _threads(x),
+        x.data_ptr(), alpha.data_ptr(), _pointer(max_level), noise.data_ptr(), g.data_ptr(), grad_x.data_ptr(),
+        grad_alpha.data_ptr(), *layout, *grid.bounds, grid.max_centered_level, narrow, _TYPES[x.dtype, g.dtype],
+        _threads(x),
     )  # fmt: skip
     return None if failed else (grad_x, grad_alpha.mul_(alpha_scale), grad_keep)
 
@@ -96,55 +84,49 @@ def is_ready() -> bool:
     return not torch.compiler.is_compiling() and load() is not None
 
 
-def draw_last_levels(key: int, keep: Tensor, last_levels: list[int], count: int) -> Tensor:
-    """Draw the last levels of `count` elements, uint8: `last_levels[j]` where `j` of the bits that may go are kept.
-
-    `keep` has the probabilities, `key` is 64 random bits; asks for `is_ready()`.
-    """
+def draw_max_level(x: Tensor, keep_prob: Tensor, seed: Tensor, grid: Grid) -> Tensor:
+    """Draw the last level of every element: uint8, shape and strides of `x`. Needs [`is_ready`]."""
     library = load()
     assert library is not None
-    thresholds = (keep.detach() * 2**16).round().to(torch.int32).contiguous()
-    drawn = torch.empty(count, dtype=torch.uint8)
+    thresholds = (keep_prob.detach() * 2**16).round().to(torch.int32).contiguous()
+    levels = bytes(grid.nested_max_levels(thresholds.numel()))
+    drawn = torch.empty(x.numel(), dtype=torch.uint8)
     library.cpq_draw(
-        key, thresholds.data_ptr(), bytes(last_levels), thresholds.numel(), drawn.data_ptr(), count, _threads(drawn)
-    )
-    return drawn
+        seed.item(), thresholds.data_ptr(), levels, thresholds.numel(), drawn.data_ptr(), drawn.numel(),
+        _threads(drawn),
+    )  # fmt: skip
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    # in the order of the memory of `x` where that has no holes (a transposed weight), as the kernels need it
+    return drawn.as_strided(x.shape, x.stride()) if reach == x.numel() else drawn.view(x.shape)
 
 
 def keep_gradient(
-    x: Tensor,
-    alpha: Tensor,
-    bits: int,
-    signed: bool,
-    centered: bool,
-    keep: Tensor,
-    last_levels: Tensor,
-    g: Tensor,
+    x: Tensor, alpha: Tensor, grid: Grid, keep_prob: Tensor, max_level: Tensor, g: Tensor
 ) -> Tensor | None:
-    """Gradient of the probabilities with which bits are kept, or None if it cannot be done here."""
-    if (layout := _layout(x, alpha, last_levels)) is None or keep.dtype != torch.float32:
+    """Return the gradient of the probabilities that bits are kept, shape of `keep_prob`; None if it cannot be done."""
+    if (layout := _layout(x, alpha)) is None or (library := load()) is None:
         return None
-    if (library := load()) is None:
-        return None
-    g = _like(x, g)
-    gradient, keep = torch.empty(keep.numel()), keep.detach().contiguous()
+    gradient, keep_prob = torch.empty(keep_prob.numel()), keep_prob.detach().contiguous()
     failed = library.cpq_keep_gradient(
-        x.data_ptr(), alpha.data_ptr(), last_levels.data_ptr(), g.data_ptr(), keep.data_ptr(), gradient.data_ptr(),
-        *layout, *level_bounds(bits, signed), last_centered_level(signed, centered), keep.numel(), RAREST,
-        _TYPES[x.dtype, g.dtype], _threads(x),
+        x.data_ptr(), alpha.data_ptr(), max_level.data_ptr(), g.data_ptr(), keep_prob.data_ptr(), gradient.data_ptr(),
+        *layout, *grid.bounds, grid.max_centered_level, keep_prob.numel(), RAREST, _TYPES[x.dtype, g.dtype],
+        _threads(x),
     )  # fmt: skip
     return None if failed else gradient
 
 
-def try_steps(x: Tensor, alpha: Tensor, bits: int, signed: bool, offset: float) -> tuple[Tensor, Tensor] | None:
-    """Squared rounding errors of step sizes `[rows, tries]`, and what fits their levels best; None if not here."""
-    if _layout(x, alpha[:, :1].contiguous(), None) is None or x.dtype != torch.float32 or (library := load()) is None:
+def try_steps(x: Tensor, alpha: Tensor, grid: Grid) -> tuple[Tensor, Tensor] | None:
+    """Return the squared rounding errors of step sizes `[rows, tries]`, and the step sizes that fit their levels best.
+
+    None if it cannot be done here.
+    """
+    if _layout(x, alpha[:, :1].contiguous()) is None or x.dtype != torch.float32 or (library := load()) is None:
         return None
     error, refit = torch.empty(alpha.shape, dtype=torch.float64), torch.empty(alpha.shape, dtype=torch.float64)
     alpha = alpha.contiguous()
     library.cpq_try_steps(
         x.data_ptr(), alpha.data_ptr(), error.data_ptr(), refit.data_ptr(), *x.shape, alpha.shape[1],
-        *level_bounds(bits, signed), offset, _threads(x),
+        *grid.bounds, grid.offset, _threads(x),
     )  # fmt: skip
     return error, refit
 
@@ -164,21 +146,21 @@ def load() -> ctypes.CDLL | None:
     library.cpq_backward.argtypes = [pointer] * 7 + [size] * 2 + [number] * 7
     library.cpq_keep_gradient.argtypes = [pointer] * 6 + [size] * 2 + [number] * 5 + [ctypes.c_float] + [number] * 2
     library.cpq_try_steps.argtypes = [pointer] * 4 + [size] * 3 + [number] * 2 + [ctypes.c_float, number]
-    library.cpq_draw.argtypes = [ctypes.c_uint64, pointer, ctypes.c_char_p, number, pointer, size, number]
+    library.cpq_draw.argtypes = [ctypes.c_int64, pointer, ctypes.c_char_p, number, pointer, size, number]
     library.cpq_try_steps.restype = library.cpq_draw.restype = None
     library.cpq_forward.restype, library.cpq_backward.restype, library.cpq_keep_gradient.restype = None, number, number
     return library
 
 
-def _layout(x: Tensor, alpha: Tensor, last_levels: Tensor | None) -> tuple[int, int, Layout] | None:
-    """`(rows, columns, layout)` of the memory of `x` as grid.c sees it, or None."""
-    if (
-        torch.compiler.is_compiling()
-        or x.device.type != "cpu"
-        or (last_levels is not None and last_levels.stride() != x.stride())
-    ):
+def _layout(x: Tensor, alpha: Tensor) -> tuple[int, int, Layout] | None:
+    """Return `(rows, columns, layout)` of the memory of `x` as grid.c sees it; None where grid.c cannot run."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
         return None
     return find_layout(x, alpha, _DTYPES)
+
+
+def _max_level(x: Tensor, grid: Grid, keep_prob: Tensor | None, seed: Tensor | None) -> Tensor | None:
+    return None if keep_prob is None or seed is None else draw_max_level(x, keep_prob, seed, grid)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

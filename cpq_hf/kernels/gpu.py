@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import MIN_BITS, RAREST, last_centered_level, level_bounds
+from ..spec import MIN_BITS, RAREST, Grid
 from .launch import load_kernels, on
 from .layout import Layout, find_layout, in_memory_order_of
 
@@ -25,49 +25,42 @@ _MOST_PIECES = 8  # tiles a program: those that one random number serves
 _ENOUGH_PROGRAMS = 512  # a tensor too small for that many takes fewer tiles a program
 
 
-def draws(x: Tensor, alpha: Tensor) -> bool:
-    """Whether the kernels run on `x`, hence draw each element's bit-width themselves, from a seed."""
-    return find_layout(x, alpha, _DTYPES) is not None and _available()
-
-
 def quantize(
-    x: Tensor,
-    alpha: Tensor,
-    bits: int,
-    signed: bool,
-    centered: bool,
-    keep: Tensor | None,
-    seed: Tensor | None,
-    dtype: torch.dtype,
+    x: Tensor, alpha: Tensor, grid: Grid, keep_prob: Tensor | None, seed: Tensor | None, dtype: torch.dtype
 ) -> Tensor | None:
-    """`x` on the grid in `dtype`, or None if it cannot be done here. Under DropBits, `seed` is int64 `[1]`."""
-    if _cannot(x, alpha, seed) or dtype not in _DTYPES:
+    """Round `x` to the grid in `dtype`; None if it cannot be done here."""
+    if not _can(x, alpha):
         return None
-    function = torch.ops.cpq_hf.quantize if torch.compiler.is_compiling() else _quantize
-    quantized: Tensor = function(x, alpha, keep, seed, bits, signed, centered, dtype)
-    return quantized
+    made = dtype if dtype in _DTYPES else x.dtype
+    if torch.compiler.is_compiling():
+        quantized: Tensor = torch.ops.cpq_hf.quantize(x, alpha, keep_prob, seed, *grid, made)
+    else:
+        quantized = _quantize(x, alpha, keep_prob, seed, grid, made)
+    return quantized.to(dtype)
 
 
 def gradients(
     x: Tensor,
     alpha: Tensor,
-    bits: int,
-    signed: bool,
-    centered: bool,
-    keep: Tensor | None,
+    grid: Grid,
+    keep_prob: Tensor | None,
     seed: Tensor | None,
     noise: Tensor,
     g: Tensor,
     alpha_scale: float,
     of_keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """Gradients of `x`, `alpha` (times `alpha_scale`) and, if asked for, `keep`; None if it cannot be done here."""
-    if _cannot(x, alpha, seed) or noise.dtype != torch.float32:
+    """Return the gradients of `x`, `alpha` (times `alpha_scale`) and, if asked for, `keep_prob`.
+
+    None if it cannot be done here.
+    """
+    if not _can(x, alpha):
         return None
-    function = torch.ops.cpq_hf.gradients if torch.compiler.is_compiling() else _gradients
-    grad_x, grad_alpha, grad_keep = function(
-        x, alpha, keep, seed, noise, g, bits, signed, centered, alpha_scale, of_keep
-    )
+    if torch.compiler.is_compiling():
+        found = torch.ops.cpq_hf.gradients(x, alpha, keep_prob, seed, noise, g, *grid, alpha_scale, of_keep)
+    else:
+        found = _gradients(x, alpha, keep_prob, seed, noise, g, grid, alpha_scale, of_keep)
+    grad_x, grad_alpha, grad_keep = found
     return grad_x, grad_alpha, grad_keep if of_keep else None
 
 
@@ -76,9 +69,8 @@ def name() -> str:
     return "triton" if _available() else "eager"
 
 
-def _cannot(x: Tensor, alpha: Tensor, drawn: Tensor | None) -> bool:
-    stored = drawn is not None and drawn.dtype != torch.int64  # drawn already: torch operations know how to go on
-    return stored or not draws(x, alpha)
+def _can(x: Tensor, alpha: Tensor) -> bool:
+    return find_layout(x, alpha, _DTYPES) is not None and _available()
 
 
 @torch.compiler.assume_constant_result
@@ -93,39 +85,29 @@ def _kernels() -> ModuleType | None:
 
 
 def _quantize(
-    x: Tensor,
-    alpha: Tensor,
-    keep: Tensor | None,
-    seed: Tensor | None,
-    bits: int,
-    signed: bool,
-    centered: bool,
-    dtype: torch.dtype,
+    x: Tensor, alpha: Tensor, keep_prob: Tensor | None, seed: Tensor | None, grid: Grid, dtype: torch.dtype
 ) -> Tensor:
-    rows, columns, pieces, programs, meta = _plan(x, alpha, keep)
+    rows, columns, pieces, programs, meta = _plan(x, alpha, keep_prob)
     out = torch.empty_like(x, dtype=dtype)
     with on(x):
         _grid().forward[(programs,)](
-            x, alpha, keep, seed, out, rows, columns, pieces, *level_bounds(bits, signed),
-            last_centered_level(signed, centered), **meta,
-        )  # fmt: skip
+            x, alpha, keep_prob, seed, out, rows, columns, pieces, *grid.bounds, grid.max_centered_level, **meta
+        )
     return out
 
 
 def _gradients(
     x: Tensor,
     alpha: Tensor,
-    keep: Tensor | None,
+    keep_prob: Tensor | None,
     seed: Tensor | None,
     noise: Tensor,
     g: Tensor,
-    bits: int,
-    signed: bool,
-    centered: bool,
+    grid: Grid,
     alpha_scale: float,
     of_keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, columns, pieces, programs, meta = _plan(x, alpha, keep)
+    rows, columns, pieces, programs, meta = _plan(x, alpha, keep_prob)
     tile_rows, tile_columns, count = meta["R"], meta["C"], meta["COUNT"]
     along = -(-rows // tile_rows) if meta["BY_COLUMN"] else -(-columns // tile_columns)
     alpha_sums = torch.empty(along, alpha.numel(), dtype=torch.float32, device=x.device)
@@ -134,15 +116,15 @@ def _gradients(
     g = in_memory_order_of(x, g, g.dtype if g.dtype in _DTYPES else x.dtype)
     with on(x):
         _grid().backward[(programs,)](
-            x, alpha, keep, seed, noise, g, grad_x, alpha_sums, keep_sums, rows, columns,
-            pieces, *level_bounds(bits, signed), last_centered_level(signed, centered), alpha_scale, RAREST,
-            NARROW=bits - count == MIN_BITS, KEEP_GRADIENT=of_keep, **meta,
+            x, alpha, keep_prob, seed, noise, g, grad_x, alpha_sums, keep_sums, rows, columns,
+            pieces, *grid.bounds, grid.max_centered_level, alpha_scale, RAREST,
+            NARROW=grid.bits - count == MIN_BITS, KEEP_GRADIENT=of_keep, **meta,
         )  # fmt: skip
     grad_alpha = alpha_sums if along == 1 else alpha_sums.sum(0)
     return grad_x, grad_alpha.view(alpha.shape), keep_sums.sum(0)
 
 
-def _plan(x: Tensor, alpha: Tensor, keep: Tensor | None) -> tuple[int, int, int, int, dict[str, Any]]:
+def _plan(x: Tensor, alpha: Tensor, keep_prob: Tensor | None) -> tuple[int, int, int, int, dict[str, Any]]:
     """`(rows, columns, tiles a program, programs)` and what a kernel is compiled for."""
     found = find_layout(x, alpha, _DTYPES)
     assert found is not None
@@ -150,7 +132,7 @@ def _plan(x: Tensor, alpha: Tensor, keep: Tensor | None) -> tuple[int, int, int,
     tile_rows, tile_columns = _tile(rows, columns, layout)
     tiles = -(-rows // tile_rows) * -(-columns // tile_columns)
     pieces = max(1, min(_MOST_PIECES, tiles // _ENOUGH_PROGRAMS))
-    count = 0 if keep is None else keep.numel()
+    count = 0 if keep_prob is None else keep_prob.numel()
     meta = {
         "BY_COLUMN": layout == Layout.COLUMNS,
         "COUNT": count,
@@ -178,21 +160,46 @@ def _grid() -> ModuleType:
     return kernels
 
 
-_SHARED = "Tensor x, Tensor alpha, Tensor? keep, Tensor? seed"
-_GRID = "int bits, bool signed, bool centered"
-torch.library.custom_op(
-    "cpq_hf::quantize", _quantize, mutates_args=(), schema=f"({_SHARED}, {_GRID}, ScalarType dtype) -> Tensor"
-).register_fake(lambda x, *rest: torch.empty_like(x, dtype=rest[-1]))
-torch.library.custom_op(
-    "cpq_hf::gradients",
-    _gradients,
-    mutates_args=(),
-    schema=f"({_SHARED}, Tensor noise, Tensor g, {_GRID}, float alpha_scale, bool of_keep)"
-    " -> (Tensor, Tensor, Tensor)",
-).register_fake(
-    lambda x, alpha, keep, *rest: (
+# What torch.compile calls: operators take tensors and plain numbers, so the grid travels as its three fields.
+
+
+def _quantize_operator(
+    x: Tensor,
+    alpha: Tensor,
+    keep_prob: Tensor | None,
+    seed: Tensor | None,
+    bits: int,
+    signed: bool,
+    centered: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    return _quantize(x, alpha, keep_prob, seed, Grid(bits, signed, centered), dtype)
+
+
+def _gradients_operator(
+    x: Tensor,
+    alpha: Tensor,
+    keep_prob: Tensor | None,
+    seed: Tensor | None,
+    noise: Tensor,
+    g: Tensor,
+    bits: int,
+    signed: bool,
+    centered: bool,
+    alpha_scale: float,
+    of_keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grid = Grid(bits, signed, centered)
+    return _gradients(x, alpha, keep_prob, seed, noise, g, grid, alpha_scale, of_keep)
+
+
+torch.library.custom_op("cpq_hf::quantize", _quantize_operator, mutates_args=()).register_fake(
+    lambda x, *rest: torch.empty_like(x, dtype=rest[-1])
+)
+torch.library.custom_op("cpq_hf::gradients", _gradients_operator, mutates_args=()).register_fake(
+    lambda x, alpha, keep_prob, *rest: (
         torch.empty_like(x),
         torch.empty_like(alpha),
-        alpha.new_empty(0 if keep is None else keep.numel()),
+        alpha.new_empty(0 if keep_prob is None else keep_prob.numel()),
     )
 )

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..packing import pack, unpack
-from ..spec import level_bounds
+from ..spec import Grid
 from . import packed_gpu
 from .compiler import load_library
 
@@ -124,7 +124,7 @@ def _is_exact(bits: int, device: torch.device) -> bool:
 def _example(bits: int, columns: int, groups: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Words and scales of 37 rows, and 7 inputs."""
     generator = torch.Generator().manual_seed(bits)
-    levels = torch.randint(*level_bounds(bits, True), (37, columns), generator=generator)
+    levels = torch.randint(*Grid(bits, True).bounds, (37, columns), generator=generator)
     scale = torch.rand(37, groups, generator=generator) + 0.5
     x = torch.randn(7, columns, generator=generator)
     return pack(levels, bits).to(device), scale.to(device), x.to(device)

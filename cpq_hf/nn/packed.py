@@ -58,7 +58,7 @@ class PackedLayer(nn.Module):
         activation = self.spec.activation
         if activation is None:
             return x
-        levels = grid.nearest_levels(x, self.input_scale, activation.bits, bool(activation.signed))
+        levels = grid.nearest_levels(x, self.input_scale, activation.grid)
         return levels.mul_(self.input_scale).to(x.dtype)
 
     @property

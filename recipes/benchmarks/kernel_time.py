@@ -29,8 +29,8 @@ from timing import paired, peak_during, ratio, resident
 from torch import Tensor
 
 from cpq_hf import kernels
-from cpq_hf.grid import fake_quantize, fake_quantize_dropped
-from cpq_hf.spec import level_bounds
+from cpq_hf.grid import fake_quantize
+from cpq_hf.spec import Grid
 
 COLUMNS = 1024
 GRANULARITIES = ("tensor", "channel", "group")  # groups of 128
@@ -71,7 +71,7 @@ def quantizers(
     if compiled:
         steps["LSQ compiled"] = plain(torch.compile(lsq))
     scale = alpha.detach().flatten().requires_grad_()
-    zero, bounds = torch.zeros_like(scale), (*level_bounds(bits, True), 1.0)
+    zero, bounds = torch.zeros_like(scale), (*Grid(bits, True).bounds, 1.0)
     if per_tensor:
         steps["torch learnable"] = plain(
             lambda x: torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero, *bounds)
@@ -84,10 +84,10 @@ def quantizers(
         steps["torchao"] = plain(torchao_quantizer(bits))
     if importlib.util.find_spec("brevitas"):
         steps["Brevitas"] = plain(brevitas_quantizer(flat, bits, per_tensor))
-    steps["CPQ"] = step(lambda x: fake_quantize(x, alpha, noise, bits, True))
+    steps["CPQ"] = step(lambda x: fake_quantize(x, alpha, noise, Grid(bits, True)))
     if dropbits and bits > 2:
         keep = torch.full((bits - 2,), 0.9, device=device).cumprod(0)
-        steps["CPQ, DropBits 0.1"] = step(lambda x: fake_quantize_dropped(x, alpha, noise, keep, bits, True, 2))
+        steps["CPQ, DropBits 0.1"] = step(lambda x: fake_quantize(x, alpha, noise, Grid(bits, True), keep_prob=keep))
     if textbook_too:
         steps["textbook"] = step(lambda x: textbook(x, alpha, noise, bits))
     return steps
@@ -132,7 +132,7 @@ def peak_of(form: str) -> float:
     lsq = LSQ(bits, signed=True, channels=768)
     forms = {
         "LSQ": lambda x: lsq(x),
-        "CPQ": lambda x: fake_quantize(x, alpha, noise, bits, True),
+        "CPQ": lambda x: fake_quantize(x, alpha, noise, Grid(bits, True)),
         "textbook": lambda x: textbook(x, alpha, noise, bits),
     }
     small = torch.randn(768, 8, requires_grad=True)

@@ -108,7 +108,7 @@ def fake_quantize(
 
 @torch.no_grad()
 def quantize_again(node: Any) -> Tensor:
-    """The output of [`fake_quantize`] again, to the bit.
+    """Return the output of [`fake_quantize`] again, bit for bit.
 
     Args:
         node (`torch.autograd.graph.Node`): The `grad_fn` of that output, of a graph that backward has not freed.

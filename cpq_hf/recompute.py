@@ -1,8 +1,17 @@
-"""Outputs of quantizers are made again in backward instead of kept: training takes hardly more memory than in float.
+"""Recompute quantized tensors in backward instead of keeping them: training takes hardly more memory than in float.
 
 A layer multiplies its quantized input with its quantized weight. Autograd would keep both for backward, beside the
 input and the weight themselves, which the quantizers keep for their own gradients: a second copy of the model and of
-every input. Making them again is one pass over memory each.
+every input. Recomputing each is one pass over memory. A quantized tensor therefore carries a recipe, and while the
+layer multiplies, hooks on what autograd saves (`torch.autograd.graph.saved_tensors_hooks`) keep the recipe instead.
+
+Why not `torch.utils.checkpoint` around "quantize, multiply": it gives the same bits, and its early stop recomputes no
+product, but it runs the quantizers a second time as a recorded graph, in Python. That costs 0.37 ms per layer and step
+beside 0.40 ms for everything here (linear 16 x 16, one thread of a 2-core AMD EPYC, torch 2.13, 2026-11-26); a
+whole step took @RATIOS@. On a GPU,
+where a step of small layers waits for Python, it would cost more. Under gradient checkpointing it would nest, and
+quantize three times instead of two. Fused experts would have to recompute their first product too, because the
+checkpoint can only go around their whole forward.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cpq_hf import CPQConfig, CPQError, calibrate_model, fast_inference, pack_model, prepare_model
-from cpq_hf.kernels import packed
+from cpq_hf.kernels import packed, packed_cpu
 from cpq_hf.packing import pack
 from cpq_hf.spec import Grid
 
@@ -39,7 +39,7 @@ TOLERANCE = {torch.float32: packed.TOLERANCE, torch.bfloat16: 2**-8}
 
 @pytest.fixture(autouse=True)
 def _kernels():
-    if packed.load() is None:
+    if packed_cpu.load() is None:
         pytest.fail("the C kernels were not built; this machine should have a C compiler")
 
 
@@ -90,7 +90,7 @@ def test_a_row_depends_neither_on_its_batch_nor_on_threads(shape, bits, monkeypa
     x = torch.randn(39, columns)  # more than a band takes at once
     results = []
     for threads in (1, 2, 3):
-        monkeypatch.setattr(packed, "_threads", lambda _, threads=threads: threads)
+        monkeypatch.setattr(packed_cpu, "_threads", lambda _, threads=threads: threads)
         results.append(packed.multiply(x, words, scale, None, bits, 0.0))
         results.append(torch.cat([packed.multiply(row[None], words, scale, None, bits, 0.0) for row in x]))
         results.append(torch.cat([packed.multiply(rows, words, scale, None, bits, 0.0) for rows in x.split(6)]))
@@ -273,7 +273,7 @@ def test_what_has_no_kernel_stays_exact_and_is_named(caplog, monkeypatch):
     with caplog.at_level(logging.WARNING):
         assert torch.equal(fast_inference(model)(x), exact)
     assert "1 layers stay exact, there is no fast kernel for them here: 0" in caplog.text
-    monkeypatch.setattr(packed, "load", lambda: None)
+    monkeypatch.setattr(packed_cpu, "load", lambda: None)
     caplog.clear()
     model = packed_model(nn.Linear(96, 40))
     exact = model(x)
@@ -283,8 +283,8 @@ def test_what_has_no_kernel_stays_exact_and_is_named(caplog, monkeypatch):
 
 def test_a_kernel_that_is_wrong_is_not_used(monkeypatch):
     packed._is_right.cache_clear()
-    right = packed._multiply_on_cpu
-    monkeypatch.setattr(packed, "_multiply_on_cpu", lambda *arguments: right(*arguments) * (1 + 1e-4))
+    right = packed_cpu.multiply
+    monkeypatch.setattr(packed_cpu, "multiply", lambda *arguments: right(*arguments) * (1 + 1e-4))
     model = packed_model(nn.Linear(96, 40))
     assert not fast_inference(model)[0].fast
     packed._is_right.cache_clear()
@@ -294,7 +294,7 @@ def test_without_the_library_a_fast_layer_still_runs(monkeypatch):
     model, x = packed_model(nn.Linear(96, 40)), torch.randn(5, 96)
     exact = model(x)
     fast_inference(model)
-    monkeypatch.setattr(packed, "load", lambda: None)  # as if copied to a machine without a compiler
+    monkeypatch.setattr(packed_cpu, "load", lambda: None)  # as if copied to a machine without a compiler
     assert torch.equal(model(x), exact)
 
 

@@ -42,7 +42,7 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def launches(monkeypatch):
     """The kernels on the device of these tests; the names of those that were launched."""
     caches = (packed_gpu.kernels, packed._is_right, packed._is_exact)
-    monkeypatch.setattr(packed, "_GPUS", {DEVICE.type})
+    monkeypatch.setitem(packed.BACKENDS, DEVICE.type, packed_gpu)
     if not CUDA:  # the interpreter is slow: the kernels are checked on fewer rows and inputs
         example = packed._example
         monkeypatch.setattr(packed, "_example", lambda *arguments: tuple(t[:5] for t in example(*arguments)))

@@ -28,6 +28,11 @@ def kernels() -> ModuleType | None:
     return load_kernels("packed_triton")
 
 
+def is_available() -> bool:
+    """Return whether the kernels can be launched."""
+    return kernels() is not None
+
+
 def fits(bits: int, group_size: int | None) -> bool:
     """Whether [`multiply`] knows such groups: they must hold whole blocks."""
     return group_size is None or group_size % _VALUES[bits] == 0

@@ -1,10 +1,17 @@
-"""Weights that are taken without calling their layer, and how they are found on the grid all the same.
+"""Find the layers whose weight a module takes without calling them, and put that weight on the grid.
 
 Most modules call their layers. Some take a weight and compute with it themselves: Mamba `self.conv1d.weight`, WavLM
-`self.q_proj.weight`, and a subclass of `nn.Linear` with a `forward` of its own `self.weight` (Falcon). Which do is
-read from the source of `forward` and of the methods that it calls. While such a module runs, the instance of the layer
-holds the weight on the grid under the name `weight`, which Python finds before the parameter; a packed layer gives it
-anyway.
+`self.q_proj.weight`, and a subclass of `nn.Linear` with its own `forward` takes `self.weight` (Falcon). The source of
+`forward`, and of the methods that it calls, tells which. While such a module runs, the layer instance holds the
+quantized weight under the name `weight`, which Python finds before the parameter. A packed layer gives it anyway.
+
+Why the source is read, although packed layers do with a class-level property `weight`: that was tried for layers that
+train (2026-11-26, torch 2.13, transformers 5.24), and 26 of 522 tests of layers, models and this file failed. `weight`
+has to stay the parameter for everybody else: transformers refuses to load tied models ("`weight` is not an
+nn.Parameter"; T5, Llama, GPT-2, Gemma, BERT), `layer.weight.grad` is empty, and `layer.weight.data.clamp_()` would
+change a copy, without a word. Models that only look (T5 asks for `self.wo.weight.dtype` in every step) would quantize
+the weight each time. And a property says at run time what has to be known before: that no input reaches the layer, so
+that it gets no quantizer for one.
 """
 
 from __future__ import annotations
@@ -25,7 +32,7 @@ LOOKS = frozenset(("dtype", "device", "shape", "size", "dim", "ndim", "numel", "
 
 
 class Uses(NamedTuple):
-    """What a method of a class does with the layers inside; paths from the module, `""` is the module itself."""
+    """Layers that a method of a class works with; paths from the module, `""` is the module itself."""
 
     read: frozenset[str]  # whose weight it takes
     called: frozenset[str]
@@ -36,7 +43,7 @@ _USES: dict[tuple[type[nn.Module], str], Uses] = {}
 
 
 def uses(cls: type[nn.Module], method: str = "forward") -> Uses:
-    """What a method of a class and those that it calls do; where they have no source, nothing is known to be read."""
+    """Return how a method, and the methods that it calls, use the layers. Without source, no weight counts as read."""
     if (cls, method) not in _USES:
         _USES[cls, method] = _read_source(cls, method)
     return _USES[cls, method]
@@ -74,7 +81,7 @@ def _read_source(cls: type[nn.Module], start: str) -> Uses:
 
 
 def _sources(cls: type[nn.Module], method: str) -> Iterator[ast.Module]:
-    """The source of a method, in the class and in what it inherits from, except in the float layers and ours."""
+    """Yield the source of a method in the class and in its bases, except in torch's float layers and in ours."""
     for base in cls.__mro__:
         function = vars(base).get(method)
         known = base is Conv1D or base.__module__.partition(".")[0] in ("torch", "builtins", "cpq_hf")
@@ -87,7 +94,7 @@ def _sources(cls: type[nn.Module], method: str) -> Iterator[ast.Module]:
 
 
 def _path(node: ast.AST) -> str | None:
-    """`a.0.b` of `self.a[0].b` where it is read; None for anything else."""
+    """Return `a.0.b` for `self.a[0].b` where it is read; None for anything else."""
     if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
         place: Any = node.attr
     elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
@@ -107,7 +114,10 @@ def _only_looks(parent: ast.AST) -> bool:
 
 
 def weights_taken(module: nn.Module, method: str = "forward") -> dict[str, bool]:
-    """Paths of the layers whose weight a method takes, and whether it calls them too; through methods of children."""
+    """Return the paths of the layers whose weight a method takes, and whether it calls them too.
+
+    Methods of children that it calls are followed.
+    """
     read, called, _ = uses(type(module), method)
     found = {path: not path or path in called for path in sorted(read)}
     for path in sorted(called):
@@ -119,7 +129,7 @@ def weights_taken(module: nn.Module, method: str = "forward") -> dict[str, bool]
 
 
 def _child(module: nn.Module, path: str) -> nn.Module | None:
-    """What is at `path` inside of a module."""
+    """Return the submodule at `path`, None where there is none."""
     child: nn.Module | None = module
     for part in path.split("."):
         child = None if child is None else child._modules.get(part)
@@ -127,7 +137,7 @@ def _child(module: nn.Module, path: str) -> nn.Module | None:
 
 
 class ShowWeights:
-    """Hook before the forward of a module: puts the weights that it takes in place, and its own input on the grid."""
+    """Pre-forward hook: shows quantized weights to the module that takes them, and quantizes its input if need be."""
 
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
@@ -146,7 +156,7 @@ class ShowWeights:
 
 
 class HideWeights:
-    """Hook after it, an error included: the parameters again."""
+    """Forward hook, called after an error too: puts the parameters back."""
 
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
@@ -157,13 +167,13 @@ class HideWeights:
 
 
 def show_weights(module: nn.Module, paths: list[str]) -> None:
-    """From now on, what `module` takes of the layers at `paths` is on the grid."""
+    """Register the hooks that put on the grid what `module` takes of the layers at `paths`."""
     module.register_forward_pre_hook(ShowWeights(paths), with_kwargs=True)
     module.register_forward_hook(HideWeights(paths), always_call=True)
 
 
 def hide_weights(module: nn.Module) -> None:
-    """End [`show_weights`]."""
+    """Remove the hooks of [`show_weights`]."""
     hooks: list[dict[int, Any]] = [module._forward_pre_hooks, module._forward_hooks]
     for registered in hooks:
         for key in [key for key, hook in registered.items() if isinstance(hook, (ShowWeights, HideWeights))]:

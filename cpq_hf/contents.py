@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .activation_quantizer import ActivationQuantizer
 from .errors import CPQError
 from .nn import SUFFIX, PackedLayer, ParameterWeight, TrainingLayer, row_of, weight_name
 from .plan import QuantizationPlan
-from .quantizer import ActivationQuantizer, Quantizer
+from .quantizer import Quantizer
 from .sharding import local
 
 

@@ -12,11 +12,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from . import lengths, oscillation, schedule
+from .activation_quantizer import ActivationQuantizer
 from .contents import plan_of, quantizers, training_layers
 from .errors import CPQError
 from .lengths import LengthLearner
 from .nn import TrainingLayer
-from .quantizer import ActivationQuantizer, WeightQuantizer
+from .quantizer import WeightQuantizer
 
 logger = logging.getLogger(__name__)
 

@@ -157,7 +157,7 @@ class LengthLearner:
         )
         for rows, bits in zip(groups.values(), widths, strict=True):
             for row in rows:
-                self.items[self.learned[row]].decide(bits)
+                self.items[self.learned[row]].fix_width(bits)
 
     def expected_bits(self) -> float:
         """Expected mean width, `R`; waits for the device."""

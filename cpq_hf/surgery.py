@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .activation_quantizer import ActivationQuantizer
 from .contents import (
     packed_layers,
     plan_of,
@@ -40,7 +41,6 @@ from .nn import (
     weights_taken,
 )
 from .plan import QuantizationPlan
-from .quantizer import ActivationQuantizer
 from .selection import Candidate, candidates, join, select
 from .sharding import is_sharded
 from .spec import LayerSpec
@@ -133,7 +133,7 @@ def initialize(model: nn.Module) -> None:
 def reset_schedule(model: nn.Module, plan: QuantizationPlan) -> None:
     """Put every quantizer where training begins: first noise, no DropBits. A controller moves it on from there."""
     for _, quantizer in quantizers(model):
-        quantizer.begin(plan.noise_start)
+        quantizer.reset_schedule(plan.noise_start)
 
 
 def check_finite(name: str, weight: Tensor) -> None:

@@ -10,8 +10,9 @@ import cpq_hf
 PACKAGE = Path(cpq_hf.__file__).parent
 RANKS = [
     {"errors", "spec", "packing", "schedule", "kernels", "sharding", "version"},
-    {"fitting", "grid", "plan", "recompute"},
+    {"fitting", "grid", "learned_width", "plan", "recompute"},
     {"quantizer"},
+    {"activation_quantizer"},
     {"nn"},
     {"contents", "selection", "surgery", "summary"},
     {"lengths", "distillation", "oscillation", "inference"},

@@ -14,8 +14,9 @@ from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..activation_quantizer import ActivationQuantizer
 from ..errors import CPQError
-from ..quantizer import ActivationQuantizer, WeightQuantizer
+from ..quantizer import WeightQuantizer
 from ..recompute import dtype_of_product, multiply
 from ..spec import LayerSpec
 

@@ -14,7 +14,7 @@ RANKS = [
     {"quantizer"},
     {"nn"},
     {"contents", "selection", "surgery", "summary"},
-    {"lengths", "distillation", "oscillation", "inference"},
+    {"costs", "lengths", "distillation", "oscillation", "inference"},
     {"controller"},
     {"hf", "export"},
     {"verbs"},

@@ -15,7 +15,7 @@ FIRST_INDECISION, LAST_INDECISION = 0.4, 0.05
 
 
 def noise_scale(progress: float, start: float, end: float) -> float:
-    """Return the scale of the logistic noise, in step sizes of the grid; progress is 0 in the first step, 1 at the end."""
+    """Return the scale of the logistic noise, in step sizes of the grid; progress 0: first step, 1: the end."""
     return start * (end / start) ** _clamp(progress)
 
 

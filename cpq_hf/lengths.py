@@ -1,4 +1,4 @@
-"""Learn bit-widths under a budget: the regulariser, its multiplier, and the decision.
+"""Learn bit-widths under a budget: the regularizer, its multiplier, and the decision.
 
 Every learned quantizer `l` holds logits `phi_j` of its bits `j = min_bits+1 .. max_bits`; `P_j` is the running product
 of `sigmoid(phi)`. With `N_l` the cost of a quantizer (weights, or multiply-accumulates),
@@ -6,9 +6,13 @@ of `sigmoid(phi)`. With `N_l` the cost of a quantizer (weights, or multiply-accu
     bits_l = min_bits + sum_j P_j        R = sum_l N_l bits_l / sum_l N_l
 
 is the expected mean width. A step descends along `dL/dphi + lambda * dR/dphi`; the multiplier `lambda` climbs while R
-is above the target and falls, below zero if need be, while it is under (dual ascent). The learner moves the logits
-itself, by the rule of Adam: their pace then is a share of the training run, whatever optimizer, learning rate or
-weight decay the weights have. Part-way through training [`LengthLearner.decide`] turns probabilities into widths.
+is above the target, and falls, below zero if need be, while R is under it (dual ascent).
+
+The learner moves the logits with an Adam that is separate from the optimizer of the weights. Their pace is then a
+share of the training run, whatever optimizer, learning rate or weight decay the weights have. All logits of a learner
+lie in one matrix `phi`, `[learned widths, most bits]`, where shorter rows end with zeros. A step is a few operations
+on that matrix, and reads nothing back from the device. Part-way through training [`WidthLearner.fix_widths`] turns
+probabilities into widths.
 """
 
 from __future__ import annotations
@@ -25,25 +29,34 @@ from .errors import CPQError
 from .quantizer import Quantizer, WeightQuantizer
 from .sharding import assign_whole, whole
 
-TRAVEL = 15.0  # how far a logit can move while widths are learned; from sure to unlikely is about 7
-# The multiplier is the sum of an integral (dual ascent) and a proportional part, which damps it, both in units of the
-# size of the loss gradient over that of the regulariser, per bit of violation; the integral over the learning time.
+# Adam moves a logit by about its learning rate, TRAVEL / steps, if its gradients agree. From a certain bit to an
+# unlikely one is a distance of about 7, so twice that leaves time to turn back.
+TRAVEL = 15.0
+BETAS = (0.9, 0.99)  # shorter memory than Adam's 0.999: learning may take only 100 steps
+# Gradients of logits are as small as the loss of a large model makes them, and Adam's usual 1e-8 would slow them down.
+# This one only keeps the zeros that fill up the rows of `phi` from becoming 0 / 0.
+EPS = 1e-20
+LIMIT = 5.0  # of the logits: P between 0.007 and 0.993, so that the gradient can still bring back every bit
+# The multiplier is the sum of two parts, in units of the size of the loss gradient over that of the regularizer, per
+# bit of violation. The integral part (dual ascent; CLIMB over the whole learning time) is what holds R at the target:
+# it keeps its value when the violation is zero. With it alone, R swings around the target, because the logits lag
+# behind the multiplier. The proportional part reacts at once and damps that.
 CLIMB = 10.0
 PROPORTION = 2.0
-LIMIT = 5.0  # of the logits: P between 0.007 and 0.993, so that every bit can still come back
-BETAS = (0.9, 0.99)
-LEAST_STEPS = 100  # fewer learning steps than that decide by chance
+SCALE_MOMENTUM = 0.99  # of the running mean of that unit: single batches make it jump
+MIN_STEPS = 100  # with fewer learning steps, chance decides
 
 
-class LengthLearner:
-    """Moves the logits of some quantizers towards a mean width.
+class WidthLearner:
+    """Moves the logits of some quantizers towards a mean bit-width.
 
     Args:
-        items (`Sequence[Quantizer]`): All quantizers that the mean counts, of fixed width too; at least one learns.
-        costs (`Sequence[float]`): `N_l` of each.
+        items (`Sequence[Quantizer]`): All quantizers that the mean counts, also those of fixed width; at least one
+            learns.
+        costs (`Sequence[float]`): `N_l` of each quantizer.
         ties (`Sequence[int]`): Quantizers with the same number, and the same range of widths, get the same width.
-        target (`float`, *optional*): Mean width to end at or under; None leaves the widths to the loss.
-        steps (`int`): Optimizer steps until the decision.
+        target (`float`, *optional*): Mean width in bits to end at or under; None leaves the widths to the loss.
+        steps (`int`): Optimizer steps until the widths are fixed.
     """
 
     def __init__(
@@ -54,17 +67,32 @@ class LengthLearner:
         self.learned = [index for index, item in enumerate(self.items) if item.bit_logits is not None]
         logits = self._logits()
         device = logits[0].device
-        self._valid = torch.zeros(len(logits), max(item.numel() for item in logits), device=device)
+        self.phi = nn.Parameter(torch.zeros(len(logits), max(item.numel() for item in logits), device=device))
+        self._valid = torch.zeros_like(self.phi)  # 1 where `phi` holds a logit, 0 where it is filled up
         torch._foreach_add_(self._rows_of(self._valid), 1.0)
         self.set_costs(costs)
         numbers = {tie: number for number, tie in enumerate(dict.fromkeys(self.ties[i] for i in self.learned))}
         self._tie = torch.tensor([numbers[self.ties[index]] for index in self.learned], device=device)
-        self.multiplier, self.integral, self.scale, self.count = (torch.zeros(1, device=device) for _ in range(4))
-        self.first, self.second, self.gradient = (torch.zeros_like(self._valid) for _ in range(3))
-        self._decided: list[Tensor] | None = None  # the logits, once they do not change any more
+        self.multiplier, self.integral, self.scale = (torch.zeros(1, device=device) for _ in range(3))
+        self.gradient = torch.zeros_like(self._valid)  # of the last step: of the loss, plus multiplier times penalty
+        self._adam = self._make_adam()
+        self._fixed_logits: list[Tensor] | None = None  # the logits, once they do not change any more
+
+    def _make_adam(self) -> Any:
+        # The fused Adam skips a step if a tensor `found_inf` says so, on the device, where the others need an `if` and
+        # so wait for the device. Typed as Any because torch declares no such attribute: GradScaler sets it likewise.
+        adam: Any = torch.optim.Adam([self.phi], lr=TRAVEL / self.steps, betas=BETAS, eps=EPS, fused=True)
+        # A first step that is skipped makes the moments, all zero, which a saved state can then be copied into.
+        self.phi.grad, adam.found_inf = torch.zeros_like(self.phi), torch.ones((), device=self.phi.device)
+        adam.step()
+        return adam
 
     def set_costs(self, costs: Sequence[float]) -> None:
-        """Replace `N_l`; they count relative to their sum."""
+        """Replace `N_l`; only their ratios count.
+
+        Raises:
+            CPQError: If all of them are zero.
+        """
         total = sum(costs)
         if total <= 0:
             raise CPQError(
@@ -74,66 +102,85 @@ class LengthLearner:
         self.costs = list(costs)
         self.shares = [cost / total for cost in costs]
         learned = [[self.shares[index]] for index in self.learned]
-        self._learned_shares = torch.tensor(learned, device=self._valid.device)
+        self._learned_shares = torch.tensor(learned, device=self.phi.device)  # [learned widths, 1]
 
     @property
     def active(self) -> bool:
-        """Whether anything is still being learned."""
+        """Say if any width is still being learned."""
         return any(self.items[index].learning for index in self.learned)
 
     @torch.no_grad()
     def step(self, grad_scale: Tensor | None = None) -> None:
-        """One step, from the gradients that the logits hold; see [`hold`] for what the optimizer makes of them."""
+        """Move the logits by one step, from the gradients that they hold.
+
+        A step with a gradient that is NaN or infinite changes nothing.
+
+        Args:
+            grad_scale (`Tensor`, *optional*): Factor by which a `GradScaler` has multiplied the gradients.
+        """
         if not self.active:
             return
-        parameters, valid = self._logits(), self._valid
-        logits = self._stacked([whole(parameter.detach()) for parameter in parameters])
+        parameters = self._logits()
+        self.phi.copy_(self._stacked([whole(parameter.detach()) for parameter in parameters]))
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         gradient = self._stacked([whole(gradient) for gradient in gradients])
         if grad_scale is not None:
             gradient = gradient / grad_scale
-        probability = logits.sigmoid()
-        keep = probability.cumprod(1) * valid
-        shares = self._learned_shares
-        # dR/dphi_j = N_l / sum N * (1 - sigmoid(phi_j)) * sum of P_m over m >= j
-        penalty = shares * (1 - probability) * keep.flip(1).cumsum(1).flip(1) * valid
-        finite = torch.isfinite(gradient).all()  # a scaler that found an overflow skips this step
+        # With an overflow, a scaler calls a fused optimizer all the same, and leaves it to that to skip the step. The
+        # hook of the controller runs then too.
+        finite = torch.isfinite(gradient).all()
         gradient = torch.where(finite, gradient, 0)
-        ratio = gradient.norm() / penalty.norm().clamp(min=1e-12)
-        beta = torch.where(self.count == 0, 0.0, BETAS[1])
-        self.scale.copy_(torch.where(finite, beta * self.scale + (1 - beta) * ratio, self.scale))
-        if self.target is not None:
-            mean = self._fixed_mean() + (keep.sum(1, keepdim=True) * shares).sum()
-            excess = self.scale * (mean - self.target)
-            climbed = self.integral + CLIMB / self.steps * excess
-            self.integral.copy_(torch.where(finite, climbed, self.integral))
-            self.multiplier.copy_(torch.where(finite, climbed + PROPORTION * excess, self.multiplier))
+        penalty, mean = self._penalty()
+        self._move_multiplier(gradient.norm() / penalty.norm().clamp(min=1e-12), mean, finite)
         self.gradient = gradient + self.multiplier * penalty
-        tied = torch.zeros_like(self.gradient).index_add_(0, self._tie, self.gradient)[self._tie]
-        self.count.add_(finite)
-        moved = logits - TRAVEL / self.steps * self._adam(tied, finite)
-        moved = torch.where(finite, moved.clamp(-LIMIT, LIMIT), logits)
-        assign_whole(parameters, self._rows_of(moved))
+        # Tied rows get the sum of their gradients, so they stay equal: all began at the same logits.
+        self.phi.grad = torch.zeros_like(self.gradient).index_add_(0, self._tie, self.gradient)[self._tie]
+        self._adam.found_inf = (~finite).float()
+        self._adam.step()
+        assign_whole(parameters, self._rows_of(self.phi.detach().clamp(-LIMIT, LIMIT)))
+
+    def _penalty(self) -> tuple[Tensor, Tensor]:
+        """Return `dR/dphi`, `[learned widths, most bits]`, and R, `[]`, both at the present `phi`."""
+        probability = self.phi.sigmoid()
+        keep = probability.cumprod(1) * self._valid
+        # dR/dphi_j = N_l / sum N * (1 - sigmoid(phi_j)) * sum of P_m over m >= j; the flips sum from the right
+        penalty = self._learned_shares * (1 - probability) * keep.flip(1).cumsum(1).flip(1) * self._valid
+        return penalty, self._fixed_mean() + (keep.sum(1, keepdim=True) * self._learned_shares).sum()
+
+    def _move_multiplier(self, ratio: Tensor, mean: Tensor, finite: Tensor) -> None:
+        """Move the multiplier by how far `mean`, in bits, is above the target; by nothing where `finite` is false.
+
+        `ratio` is the norm of the loss gradient over that of the penalty.
+        """
+        beta = torch.where(self._count == 0, 0.0, SCALE_MOMENTUM)  # the first ratio replaces the zero at the start
+        self.scale.copy_(torch.where(finite, beta * self.scale + (1 - beta) * ratio, self.scale))
+        if self.target is None:
+            return
+        excess = self.scale * (mean - self.target)
+        climbed = self.integral + CLIMB / self.steps * excess
+        self.integral.copy_(torch.where(finite, climbed, self.integral))
+        self.multiplier.copy_(torch.where(finite, climbed + PROPORTION * excess, self.multiplier))
 
     @torch.no_grad()
     def hold(self) -> Callable[[], None]:
-        """Note the logits as they are and clear their gradients; what is returned puts them back.
+        """Note the logits and clear their gradients, before the optimizer's step; return what puts them back after it.
 
-        The optimizer has them too, and may decay them. It is let do so between the two, since one that holds a
-        parameter without any state cannot be resumed under FSDP2.
+        The logits are among the optimizer's parameters too, where weight decay and momentum would move them. They
+        have to stay there, because FSDP2 cannot resume an optimizer that has a parameter without state. So the
+        optimizer may move them, and the move is undone.
         """
         parameters = self._logits()
-        values = self._decided
+        values = self._fixed_logits
         if values is None:
             values = [whole(parameter.detach()).clone() for parameter in parameters]
-            self._decided = None if self.active else values
+            self._fixed_logits = None if self.active else values
         for parameter in parameters:
             if parameter.grad is not None:
-                parameter.grad.zero_()
+                parameter.grad.zero_()  # not None: then the optimizer would make no state for it
         return lambda: assign_whole(parameters, values)
 
-    def decide(self) -> None:
-        """Fix every width, the mean at or under the target."""
+    def fix_widths(self) -> None:
+        """Fix every width, with the mean at or under the target; waits for the device."""
         if not self.active:
             return
         keep = [self.items[index].keep_probabilities().tolist() for index in self.learned]
@@ -160,7 +207,7 @@ class LengthLearner:
                 self.items[self.learned[row]].fix_width(bits)
 
     def expected_bits(self) -> float:
-        """Expected mean width, `R`; waits for the device."""
+        """Return the expected mean width `R`, in bits; waits for the device."""
         expected = [
             item.min_bits + float(item.keep_probabilities().sum()) if item.learning else item.bits
             for item in self.items
@@ -168,70 +215,78 @@ class LengthLearner:
         return sum(share * bits for share, bits in zip(self.shares, expected, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, fit for JSON."""
-        names = ("multiplier", "integral", "scale", "count", "first", "second")
-        return {name: getattr(self, name).tolist() for name in names} | {"costs": self.costs}
+        """Return plain numbers, fit for JSON."""
+        return {name: tensor.tolist() for name, tensor in self._state().items()} | {"costs": self.costs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` wrote."""
-        self._decided = None
+        """Take up what `state_dict` returned.
+
+        Raises:
+            CPQError: If it is not the state of a learner, or that of one with other layers or widths.
+        """
+        self._fixed_logits = None
         try:
             self.set_costs([float(cost) for cost in state["costs"]])
-            for name in ("multiplier", "integral", "scale", "count", "first", "second"):
-                own: Tensor = getattr(self, name)
+            for name, own in self._state().items():
                 own.copy_(torch.tensor(state[name], device=own.device).view(own.shape))
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             raise CPQError(
-                f"the saved state of the learned bit-lengths does not fit this model ({error}); resume with the same "
+                f"the saved state of the learned bit-widths does not fit this model ({error}); resume with the same "
                 "model and config"
             ) from error
+
+    @property
+    def _count(self) -> Tensor:
+        """Steps that moved the logits, `[1]`: not those with an overflow."""
+        return self._adam.state[self.phi]["step"].view(1)
+
+    def _state(self) -> dict[str, Tensor]:
+        """Return the tensors that a resumed run needs, by their names in `state_dict`; writing to them sets them."""
+        moments = self._adam.state[self.phi]
+        return {
+            "multiplier": self.multiplier, "integral": self.integral, "scale": self.scale,
+            "count": self._count, "first": moments["exp_avg"], "second": moments["exp_avg_sq"],
+        }  # fmt: skip
 
     def _logits(self) -> list[nn.Parameter]:
         found = [self.items[index].bit_logits for index in self.learned]
         return [logits for logits in found if logits is not None]
 
     def _rows_of(self, matrix: Tensor) -> list[Tensor]:
-        """Views of the rows of a matrix, each as long as the logits that it stands for."""
+        """Return views of the rows of a matrix, each as long as the logits that it stands for."""
         return [row[: logits.numel()] for row, logits in zip(matrix.unbind(), self._logits(), strict=True)]
 
     def _stacked(self, rows: list[Tensor]) -> Tensor:
-        """One row each, filled up with zeros."""
+        """Stack rows of different lengths, filled up with zeros: `[learned widths, most bits]`."""
         out = torch.zeros_like(self._valid)
         torch._foreach_copy_(self._rows_of(out), rows)
         return out
 
     def _fixed_mean(self) -> float:
-        """What the mean holds besides the sum of P: smallest widths of the learned, widths of the others."""
+        """Return the part of R that is not a sum of P: smallest widths of the learned, widths of the others."""
         learned = set(self.learned)
         return sum(
             share * (item.min_bits if index in learned else item.bits)
             for index, (share, item) in enumerate(zip(self.shares, self.items, strict=True))
         )
 
-    def _adam(self, gradient: Tensor, finite: Tensor) -> Tensor:
-        for moment, beta, value in ((self.first, BETAS[0], gradient), (self.second, BETAS[1], gradient.square())):
-            moment.copy_(torch.where(finite, beta * moment + (1 - beta) * value, moment))
-        first = self.first / (1 - BETAS[0] ** self.count.clamp(min=1))
-        second = self.second / (1 - BETAS[1] ** self.count.clamp(min=1))
-        return first / (second.sqrt() + 1e-20)
-
 
 def assign(
     keep: Sequence[Sequence[float]], min_bits: Sequence[int], costs: Sequence[float], budget: float | None
 ) -> list[int]:
-    """Turn probabilities into widths whose cost is at or under a budget.
+    """Turn probabilities into bit-widths whose cost is at or under a budget.
 
     A bit is kept where that is more likely than not. While the sum of `cost * width` is above the budget, the least
-    certain last bit goes; whatever room that leaves then takes the most likely bits that fit.
+    certain last bit goes. The most likely bits that fit then take the room that is left.
 
     Args:
-        keep: For each item, the non-increasing probabilities of its bits above `min_bits`.
-        min_bits: For each item, the width that it never goes below.
-        costs: For each item, the cost of one bit.
-        budget: Upper limit on the sum of cost times width; None for none.
+        keep (`Sequence[Sequence[float]]`): The non-increasing probabilities of the bits above `min_bits`, per item.
+        min_bits (`Sequence[int]`): The width that an item never goes below, per item.
+        costs (`Sequence[float]`): The cost of one bit, per item.
+        budget (`float`, *optional*): Upper limit on the sum of cost times width; None for no limit.
 
     Returns:
-        `list[int]`: The widths.
+        `list[int]`: The widths, per item.
 
     Raises:
         CPQError: If even the smallest widths cost more.
@@ -243,14 +298,14 @@ def assign(
 
     if budget is None:
         return [least + more for least, more in zip(min_bits, above, strict=True)]
-    slack = 1e-9 * max(1.0, abs(budget))
+    slack = 1e-9 * max(1.0, abs(budget))  # sums of shares are not exact, and a target may be met exactly
     least_cost = sum(cost * least for cost, least in zip(costs, min_bits, strict=True))
     if least_cost > budget + slack:
         raise CPQError(
             f"the target cannot be met: the smallest widths cost {least_cost:.3f} bits of a budget of {budget:.3f}; "
             "raise `target_bits` or lower `min_bits`"
         )
-    while total() > budget + slack:
+    while total() > budget + slack:  # the last bit of an item first: P falls from bit to bit
         index = min((i for i in range(len(keep)) if above[i] > 0), key=lambda i: keep[i][above[i] - 1])
         above[index] -= 1
     while True:
@@ -261,11 +316,13 @@ def assign(
         above[max(fits, key=lambda i: keep[i][above[i]])] += 1
 
 
+# Layers that inference engines run as one multiplication, at one width: their names in Llama, BERT and T5 (attention),
+# then in Llama, Mixtral and T5 (gate and up).
 FUSED = ("q_proj|k_proj|v_proj", "query|key|value", "q|k|v", "gate_proj|up_proj", "w1|w3", "wi_0|wi_1")
 
 
 def ties(names: Sequence[str]) -> list[int]:
-    """Number the layers; those that inference engines fuse share a number: q/k/v, gate/up, experts of a layer."""
+    """Number the layers; those that inference engines fuse share a number: q/k/v, gate/up, all experts of a layer."""
     keys: dict[str, int] = {}
     numbers = []
     for name in names:
@@ -276,7 +333,7 @@ def ties(names: Sequence[str]) -> list[int]:
 
 
 def bit_penalty(model: nn.Module) -> Tensor:
-    """Expected mean width of the quantized weights, in bits, differentiable: for a loss of your own.
+    """Return the expected mean bit-width of the quantized weights, differentiable, to add to a loss.
 
     Args:
         model (`nn.Module`): A prepared model, with `learn_bits=True` for the result to have a gradient.

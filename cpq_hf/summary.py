@@ -1,8 +1,9 @@
-"""Read a prepared or packed model and report: bits, coverage, sizes and cluster distance by layer."""
+"""Summary of a prepared or packed model: bit-widths, coverage, sizes and cluster distance, per layer."""
 
 from __future__ import annotations
 
 import os
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ from .spec import MAX_BITS, LayerSpec
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized layer. `cluster_distance` is None once packed (and would be 0).
+    """Holds what is known of one quantized layer.
 
-    A layer whose weight is tied to another's counts nothing of it.
+    `cluster_distance` is the mean distance of its weights to the grid, in step sizes; None once packed, when it would
+    be 0. A layer whose weight is tied to another's counts no weights and no bytes.
     """
 
     name: str
@@ -39,12 +41,12 @@ class LayerReport:
 
     @property
     def numel(self) -> int:
-        """Weights that this layer holds."""
+        """Return the number of weights that this layer holds."""
         return 0 if self.spec.tied_to else self.spec.weight.numel
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of words and scales."""
+        """Return the bytes of words and scales."""
         if self.spec.tied_to:
             return 0
         weight = self.spec.weight
@@ -67,7 +69,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Summary:
-    """What [`summarize`] found: prints as a table, `.to_dict()` for programs, `.plot(path)` for eyes."""
+    """Holds what [`summarize`] found: prints as a table, `.to_dict()` for programs, `.plot(path)` for a picture."""
 
     layers: tuple[LayerReport, ...]
     float_parameters: dict[str, tuple[int, int]]  # parameters left in floating point: name -> (elements, bytes each)
@@ -84,19 +86,19 @@ class Summary:
 
     @property
     def mean_bits(self) -> float:
-        """Mean bit-width of the quantized weights."""
+        """Return the mean bit-width of the quantized weights."""
         bits = sum(layer.numel * layer.spec.weight.bits for layer in self.layers)
         return bits / max(1, self.quantized_elements)
 
     @property
     def mean_bits_all(self) -> float:
-        """Mean bit-width of all parameters, those in floating point included."""
+        """Return the mean bit-width of all parameters, those in floating point included."""
         rest = sum(8 * count * size for count, size in self.float_parameters.values())
         return (self.mean_bits * self.quantized_elements + rest) / max(1, self.all_elements)
 
     @property
     def cluster_distance(self) -> float | None:
-        """Mean over all quantized weights of the distance to the grid, in steps; None once packed."""
+        """Return the mean distance of all quantized weights to the grid, in step sizes; None once packed."""
         pairs = [(layer.cluster_distance, layer.numel) for layer in self.layers]
         if not pairs or any(distance is None for distance, _ in pairs):
             return None
@@ -104,13 +106,13 @@ class Summary:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the packed model: words, scales and what stays in floating point."""
+        """Return the bytes of the packed model: words, scales and what stays in floating point."""
         rest = sum(count * size for count, size in self.float_parameters.values())
         return rest + sum(layer.packed_bytes for layer in self.layers)
 
     @property
     def float_bytes(self) -> int:
-        """Bytes of the model in float32."""
+        """Return the bytes of the model in float32."""
         return 4 * self.all_elements
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,40 +131,58 @@ class Summary:
         }
 
     def __str__(self) -> str:
-        rows = [("layer", "kind", "bits", "act", "granularity", "shape", "distance")]
-        for layer in self.layers:
-            cells = layer.to_dict()
-            group = f" {cells['group_size']}" if cells["group_size"] else ""
-            distance = layer.cluster_distance
-            rows.append(
-                (
-                    layer.name,
-                    layer.kind,
-                    str(cells["bits"]),
-                    str(cells["activation_bits"] or "-"),
-                    cells["granularity"] + group,
-                    f"= {cells['tied_to']}" if cells["tied_to"] else "x".join(map(str, cells["shape"])),
-                    "-" if distance is None else f"{distance:.3f}",
-                )
-            )
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        return self.table()
+
+    def table(self, width: int | None = None) -> str:
+        """Lay out the layers as a table, one line per layer, with the totals below it.
+
+        Args:
+            width (`int`, *optional*): Columns of a terminal, about 60 at least. Long names and shapes then lose their
+                beginning, which layers have in common, and the totals are wrapped. None for lines of any length.
+        """
+        columns = self._columns()
+        sizes = _column_widths(columns, width)
+        header, *rows = zip(*(columns[name] for name in sizes), strict=True)
         lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+            "  ".join(_cut(cell, size).ljust(size) for cell, size in zip(row, sizes.values(), strict=True)).rstrip()
+            for row in (header, *rows)
         ]
-        lines.append(
-            f"{self.quantized_elements:,} of {self.all_elements:,} weights quantized "
-            f"({self.quantized_elements / max(1, self.all_elements):.1%}), mean {self.mean_bits:.2f} bits "
-            f"({self.mean_bits_all:.2f} over all), packed {readable_size(self.packed_bytes)} "
-            f"of {readable_size(self.float_bytes)}"
-        )
-        if self.float_layers:
-            lines.append(
-                "in floating point: " + ", ".join(f"{name} ({kind})" for name, kind in self.float_layers.items())
+        return "\n".join([*lines, "", *(_wrap(line, width) for line in self._totals())])
+
+    def _columns(self) -> dict[str, list[str]]:
+        """Return the cells of the table, per column from its header down."""
+        columns: dict[str, list[str]] = {
+            name: [name] for name in ("layer", "kind", "bits", "act", "granularity", "shape", "distance")
+        }
+        for layer in self.layers:
+            weight, activation, distance = layer.spec.weight, layer.spec.activation, layer.cluster_distance
+            columns["layer"].append(layer.name)
+            columns["kind"].append(layer.kind)
+            columns["bits"].append(str(weight.bits))
+            columns["act"].append("-" if activation is None else str(activation.bits))
+            columns["granularity"].append(weight.granularity + (f" {weight.group_size}" if weight.group_size else ""))
+            columns["shape"].append(
+                f"= {layer.spec.tied_to}" if layer.spec.tied_to else "x".join(map(str, weight.shape))
             )
-        return "\n".join(lines)
+            columns["distance"].append("-" if distance is None else f"{distance:.3f}")
+        if all(layer.cluster_distance is None for layer in self.layers):  # packed, or no layers at all
+            del columns["distance"]
+        return columns
+
+    def _totals(self) -> list[str]:
+        share = self.quantized_elements / max(1, self.all_elements)
+        totals = [
+            f"{self.quantized_elements:,} of {self.all_elements:,} weights quantized ({share:.1%}), "
+            f"mean {self.mean_bits:.2f} bits ({self.mean_bits_all:.2f} over all), "
+            f"packed {readable_size(self.packed_bytes)} of {readable_size(self.float_bytes)}"
+        ]
+        if self.float_layers:
+            names = ", ".join(f"{name} ({kind})" for name, kind in self.float_layers.items())
+            totals.append(f"in floating point: {names}")
+        return totals
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Draw bits by layer, bars as tall as the bit-width, and write the picture to `path`.
+        """Draw a bar per layer, as tall as its bit-width, and write the picture to `path`.
 
         Raises:
             CPQError: If matplotlib is not installed, or there is nothing to draw.
@@ -180,7 +200,7 @@ class Summary:
         axes = figure.add_subplot()
         axes.bar(range(count), [layer.spec.weight.bits for layer in self.layers], color="#3465a4")
         axes.axhline(self.mean_bits, color="#cc0000", linewidth=1)
-        axes.set_title(f"Bits by layer: mean {self.mean_bits:.2f} over the quantized weights (red)", fontsize=10)
+        axes.set_title(f"Bits per layer: mean {self.mean_bits:.2f} over the quantized weights (red)", fontsize=10)
         axes.set_ylim(0, MAX_BITS + 0.5)
         axes.set_yticks(range(MAX_BITS + 1))
         axes.set_xticks(range(count), [layer.name for layer in self.layers], rotation=90, fontsize=7)
@@ -197,7 +217,7 @@ def summarize(model: nn.Module) -> Summary:
 
     Returns:
         `Summary`: Prints as a table. `.to_dict()` has `mean_bits`, `mean_bits_all`, `coverage`, `layers`,
-        `packed_bytes`, `float_bytes` and more; `.plot(path)` draws bits by layer (matplotlib).
+        `packed_bytes`, `float_bytes` and more; `.plot(path)` draws bits per layer (matplotlib).
 
     Example:
 
@@ -242,8 +262,32 @@ def _distance(layer: nn.Module) -> float | None:
     return float(layer.weight_quantizer.cluster_distance(layer.weight))
 
 
+def _column_widths(columns: dict[str, list[str]], width: int | None) -> dict[str, int]:
+    """Return the width of each column that is shown, in characters: its longest cell, or less to fit into `width`."""
+    sizes = {name: max(map(len, cells)) for name, cells in columns.items()}
+
+    def excess() -> int:
+        return sum(sizes.values()) + 2 * (len(sizes) - 1) - (width or 0)
+
+    if width is None or excess() <= 0:
+        return sizes
+    sizes["shape"] = min(sizes["shape"], 13)  # as long as 2048x1024x3x3; the name that a tied layer shows is longer
+    if excess() > sizes["layer"] - 16:  # on a narrow terminal the names matter more than the distance to the grid
+        sizes.pop("distance", None)
+    sizes["layer"] = max(8, min(sizes["layer"], sizes["layer"] - excess()))
+    return sizes
+
+
+def _cut(text: str, size: int) -> str:
+    return text if len(text) <= size else "…" + text[len(text) - size + 1 :]
+
+
+def _wrap(text: str, width: int | None) -> str:
+    return text if width is None else textwrap.fill(text, max(20, width))
+
+
 def readable_size(count: int) -> str:
-    """Bytes in a unit that leaves few digits."""
+    """Return a number of bytes as text, in a unit that leaves few digits."""
     value = float(count)
     for unit in ("B", "KB", "MB", "GB"):
         if value < 1000 or unit == "GB":

@@ -1,10 +1,9 @@
-"""What the verbs of `cpq-hf` do: each gives what `--json` prints, and the text for people."""
+"""Verbs of `cpq-hf`: each returns a dict, which `--json` prints, and the text for people."""
 
 from __future__ import annotations
 
 import argparse
 import shutil
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from .export import default_inputs, export_compressed_tensors, export_onnx
 from .hf import pack_model, verify_checkpoint
 from .hf.checkpoint import STEM
 from .hf.hub import push_folder
-from .summary import Summary, readable_size, summarize
+from .summary import readable_size, summarize
 
 COMPANIONS = (  # files of tokenizers, processors and chat templates; `save_pretrained` writes generation_config.json
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.spm"),
@@ -38,7 +37,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def inspect(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Bits, coverage and sizes of a checkpoint, by layer."""
+    """Report bits, coverage and sizes of a checkpoint, per layer."""
     model = _load(args.model, args.revision)
     report = summarize(model)
     if not report.layers:
@@ -46,7 +45,7 @@ def inspect(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.plot is not None:
         report.plot(args.plot)
     found = {"model": args.model, "class": type(model).__name__, "packed": _is_packed(model)} | report.to_dict()
-    return found, _as_text(report, shutil.get_terminal_size((10_000, 0)).columns)  # what is no terminal is not cut
+    return found, report.table(shutil.get_terminal_size((10_000, 0)).columns)  # a file or a pipe gets whole lines
 
 
 def pack(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -61,7 +60,7 @@ def pack(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _copy_companions(model: str, revision: str | None, target: Path) -> list[str]:
-    """Copy what a pipeline needs beside weights, as far as it is there; the names of these files."""
+    """Copy what a pipeline needs beside weights, as far as it is there; return the names of these files."""
     if _is_remote(model):
         model = snapshot_download(model, revision=revision, allow_patterns=list(COMPANIONS))
     source = Path(model)
@@ -80,14 +79,14 @@ def export(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Write a checkpoint that plain tools read."""
     model = _load(args.model, args.revision)
     inputs = default_inputs(model)
-    if args.to == "onnx" and "input_ids" in inputs:  # what is not in the example is no input of the file
+    if args.to == "onnx" and "input_ids" in inputs:  # the file has no inputs but those of the example
         inputs |= {"attention_mask": torch.ones_like(inputs["input_ids"])}
     WRITERS[args.to](model, args.target, inputs)
     return {"target": str(args.target), "format": args.to}, f"{args.target}: written as {args.to}"
 
 
 def verify(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Prove a packed checkpoint whole."""
+    """Verify that a packed checkpoint is whole."""
     folder = args.model
     if _is_remote(args.model):
         folder = snapshot_download(args.model, revision=args.revision, allow_patterns=["config.json", f"{STEM}*"])
@@ -132,27 +131,3 @@ def _load(model: str, revision: str | None) -> Any:
 
 def _is_packed(model: Any) -> bool:
     return bool(model.config.quantization_config.packed)
-
-
-def _as_text(report: Summary, width: int) -> str:
-    """The table of layers in `width` columns: long names lose their beginning."""
-    rows = [("layer", "kind", "bits", "act", "granularity", "shape")]
-    for layer in report.layers:
-        weight, activation = layer.spec.weight, layer.spec.activation
-        group = f" {weight.group_size}" if weight.group_size else ""
-        shape = f"= {layer.spec.tied_to}" if layer.spec.tied_to else "x".join(map(str, weight.shape))
-        act = "-" if activation is None else str(activation.bits)
-        rows.append((layer.name, layer.kind, str(weight.bits), act, weight.granularity + group, shape))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    spaces = 2 * (len(widths) - 1)
-    widths[-1] = min(widths[-1], 13) if sum(widths) + spaces > width else widths[-1]
-    widths[0] = max(8, min(widths[0], width - sum(widths[1:]) - spaces))
-    lines = ["  ".join(_cut(cell, size).ljust(size) for cell, size in zip(row, widths, strict=True)) for row in rows]
-    below = str(report).splitlines()[len(rows) :]
-    return "\n".join(
-        [*(line.rstrip() for line in lines), "", *(textwrap.fill(line, max(20, width)) for line in below)]
-    )
-
-
-def _cut(text: str, size: int) -> str:
-    return text if len(text) <= size else "…" + text[len(text) - size + 1 :]

@@ -29,7 +29,8 @@ def train(check: bool, **fields) -> torch.Tensor:
             check_step(spy, controller)
     assert not controller.learning
     assert summarize(model).mean_bits <= 3.0 or fields.get("budget") == "macs"
-    gradients = [learner.first.flatten() for learner in controller._learners.values()]
+    states = [learner.state_dict() for learner in controller._learners.values()]
+    gradients = [torch.tensor(state["first"]).flatten() for state in states]
     assert all(gradient.abs().max() > 0 for gradient in gradients)
     return torch.cat([item.bit_logits.detach() for item in learned(model).values()] + gradients)
 

@@ -15,7 +15,7 @@ RANKS = [
     {"activation_quantizer"},
     {"nn"},
     {"contents", "selection", "surgery", "summary"},
-    {"lengths", "distillation", "oscillation", "inference"},
+    {"costs", "lengths", "distillation", "oscillation", "inference"},
     {"controller"},
     {"hf", "export"},
     {"verbs"},

@@ -1,7 +1,8 @@
-"""Learned bit-lengths: the gradient, the budget, the decision, and all of it in the real Trainer."""
+"""Learned bit-widths: the gradient, the budget, the decision, and all of it in the real Trainer."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 
@@ -11,6 +12,7 @@ from models import build, inputs, logits
 from test_distributed import torchrun
 from test_trainer import arguments, data
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback
 
 from cpq_hf import (
@@ -25,7 +27,7 @@ from cpq_hf import (
     summarize,
 )
 from cpq_hf.contents import quantizers
-from cpq_hf.lengths import assign, ties
+from cpq_hf.lengths import WidthLearner, assign, ties
 from cpq_hf.schedule import learning_steps
 
 LEARN = {"weight_bits": 5, "learn_bits": True, "target_bits": 3.0}
@@ -213,6 +215,136 @@ def test_optimizers_leave_lengths_alone():
     assert all(abs(value).min() == 1e4 for value in runs[0].values())
 
 
+# --- the step --------------------------------------------------------------------------------------------------------
+
+
+def reference(phi, kept, gradients, shares, tied, target, steps):
+    """Logits and multiplier after these gradients, in float64, by the formulas of lengths.py and of Adam's paper.
+
+    `phi`, `kept` and the gradients are `[widths, most bits]`, `kept` zero where a width has fewer bits.
+    """
+    phi, first, second = phi.double(), torch.zeros_like(phi).double(), torch.zeros_like(phi).double()
+    multiplier, integral, scale, count = 0.0, 0.0, 0.0, 0
+    for gradient in gradients:
+        if not gradient.isfinite().all():
+            continue
+        leaf = phi.clone().requires_grad_()
+        mean = (shares * (2 + (leaf.sigmoid().cumprod(1) * kept).sum(1))).sum()
+        (penalty,) = torch.autograd.grad(mean, leaf)
+        scale = (
+            gradient.norm() / penalty.norm() if count == 0 else 0.99 * scale + 0.01 * gradient.norm() / penalty.norm()
+        )
+        if target is not None:
+            integral = integral + 10 / steps * scale * (mean.detach() - target)
+            multiplier = integral + 2 * scale * (mean.detach() - target)
+        total = tied.double() @ (gradient + multiplier * penalty)
+        count += 1
+        first, second = 0.9 * first + 0.1 * total, 0.99 * second + 0.01 * total**2
+        move = first / (1 - 0.9**count) / ((second / (1 - 0.99**count)).sqrt() + 1e-20)
+        phi = (phi - 15 / steps * move).clamp(-5, 5)
+    return phi, multiplier
+
+
+@pytest.mark.parametrize("target", [None, 2.5, 4.0])
+@pytest.mark.parametrize("scale", [1.0, 1e-9], ids=["a small model", "a mean over a huge one"])
+def test_logits_follow_adam_in_float64(target, scale):
+    """Rows of different length, two of them tied, gradients that overflow now and then, until the logits' bounds."""
+    names = {"q_proj": 8, "k_proj": 4, "other": 16}
+    model = nn.ModuleDict({name: nn.Linear(8, size) for name, size in names.items()})
+    prepare_model(
+        model,
+        CPQConfig(
+            modules_to_not_convert=[], **LEARN | {"target_bits": target}, overrides={"other": {"weight_bits": 7}}
+        ),
+    )
+    items = [model[name].weight_quantizer for name in names]
+    learner = WidthLearner(items, [item.spec.numel for item in items], [0, 0, 1], target, steps=60)
+    kept = torch.tensor([[1.0, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    tied = torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]])
+    drift = torch.linspace(-0.6, 1.2, 15).view(3, 5)
+    torch.manual_seed(0)
+    gradients = [scale * kept * (torch.randn(3, 5) + drift) for _ in range(60)]
+    gradients[0][2, 0], gradients[7][0, 1], gradients[21][1, 2] = math.inf, math.nan, -math.inf
+    for gradient in gradients:
+        before, state = [item.bit_logits.tolist() for item in items], copy.deepcopy(learner.state_dict())
+        for item, row in zip(items, gradient, strict=True):
+            item.bit_logits.grad = row[: item.bit_logits.numel()].clone()
+        learner.step()
+        if not gradient.isfinite().all():
+            assert (before, state) == ([item.bit_logits.tolist() for item in items], learner.state_dict())
+    shares = torch.tensor([8.0, 4, 16], dtype=torch.float64) / 28
+    phi, multiplier = reference(2 * kept, kept, [g.double() for g in gradients], shares, tied, target, 60)
+    assert (phi.abs() == 5).any()
+    assert phi.min() < 0
+    # 60 steps of rounding, relative to logits and sizes of about 1
+    for item, want in zip(items, phi, strict=True):
+        assert torch.allclose(item.bit_logits.double(), want[: item.bit_logits.numel()], rtol=0, atol=2e-5)
+    assert float(learner.multiplier) == pytest.approx(float(multiplier), rel=1e-4)
+
+
+def test_a_state_saved_before_torchs_adam_goes_on():
+    """Checkpoints hold what the learner saved when it had an Adam written by hand; numbers are of such a run."""
+    state = {
+        "multiplier": [3.2361412048339844], "integral": [0.2993151843547821], "scale": [3.863145589828491],
+        "count": [2.0], "costs": [16, 8],
+        "first": [[0.15595625340938568, 0.0626877173781395], [-0.06599912792444229, 0.0]],
+        "second": [[0.013738961890339851, 0.0045729889534413815], [0.008183704689145088, 0.0]],
+    }  # fmt: skip
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    fields = {"weight_bits": 4, "learn_bits": True, "target_bits": 3.0, "modules_to_not_convert": []}
+    prepare_model(model, CPQConfig(**fields, overrides={"1": {"weight_bits": 3}}))
+    controller = CPQController(model, torch.optim.SGD(model.parameters(), lr=0.0), 400)
+    settings = controller.plan.lasting()
+    controller.load_state_dict({"step": 2, "total_steps": 400, "settings": settings, "lengths": {"weight": state}})
+    assert controller.state_dict()["lengths"]["weight"] == state
+    logits, gradients = ([1.7018201351165771, 2.046760320663452], [1.931250810623169]), ([-0.5, 0.75], [0.25])
+    items = [layer.weight_quantizer for layer in model]
+    for item, values, gradient in zip(items, logits, gradients, strict=True):
+        item.bit_logits.data.copy_(torch.tensor(values))
+        item.bit_logits.grad = torch.tensor(gradient)
+    controller._learners["weight"].step()
+    assert items[0].bit_logits.tolist() == pytest.approx([1.5852248668670654, 1.9225988388061523], rel=1e-6)
+    assert items[1].bit_logits.tolist() == pytest.approx([1.9534863233566284], rel=1e-6)
+    after = controller.state_dict()["lengths"]["weight"]
+    assert after["multiplier"] == pytest.approx([3.184342861175537], rel=1e-6)
+    assert after["count"] == [3.0]
+
+
+class NothingReadBack(TorchDispatchMode):
+    """Fails where an operation gives Python a number of a tensor, for which a GPU would have to be waited for."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert "_local_scalar_dense" not in str(function), "a number was read back"
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_back(monkeypatch):
+    """Nothing in the hooks waits for the device, with overflows, both learners and oscillating weights."""
+    config = CPQConfig(
+        **LEARN, activation_bits=6, learn_activation_bits=True, freeze_oscillating=True,
+        overrides={"classifier": {"learn_bits": False}}, modules_to_not_convert=[],
+    )  # fmt: skip
+    model = prepare_model(build("resnet"), config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    controller = CPQController(model, optimizer, 400)
+    for factor in (1.0, 1.0, math.inf, 1.0):
+        (model(**inputs("resnet")).loss * factor).backward()
+        optimizer.step()  # its own reads do not count: `step` of an Adam that is not fused is on the CPU
+        optimizer.zero_grad()
+    controller.detach()
+    optimizer.grad_scale = torch.tensor(1024.0)
+    for item in learned(model).values():
+        item.bit_logits.grad = torch.ones_like(item.bit_logits)
+    for name in ("tolist", "numpy", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("a tensor was read back"))
+    before = [item.bit_logits.clone() for item in learned(model).values()]
+    with NothingReadBack():
+        for _ in range(4):  # one of which looks at oscillating weights
+            controller.advance(optimizer)
+            controller._put_logits_back()
+    assert not any(torch.equal(a, b.bit_logits) for a, b in zip(before, learned(model).values(), strict=True))
+
+
 def test_two_processes_learn_the_same_lengths():
     torchrun("distributed_lengths.py")
 
@@ -356,7 +488,7 @@ def test_training_that_ends_early_is_decided_and_told(caplog):
         pack_model(model)
     caplog.set_level(logging.WARNING, logger="cpq_hf")
     controller.finish()
-    assert "training ended at step 10, before the bit-lengths were to be decided at step 100 of 400" in caplog.text
+    assert "training ended at step 10, before the bit-widths were to be fixed at step 100 of 400" in caplog.text
     assert summarize(model).mean_bits <= 2.6
     pack_model(model)
 
@@ -366,7 +498,7 @@ def test_too_few_steps_are_warned_about(caplog):
     fit(toy(), 0, total=400)
     assert not caplog.text
     fit(toy(), 0, total=20)
-    assert "learned during the first 5 of 20 optimizer steps, too few" in caplog.text
+    assert "bit-widths are learned during the first 5 of 20 optimizer steps, too few" in caplog.text
     assert "train at least 400 steps" in caplog.text
 
 
@@ -426,13 +558,13 @@ def test_best_checkpoint_from_before_the_decision_is_decided(tmp_path, caplog):
     caplog.set_level(logging.WARNING, logger="cpq_hf")
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
-    assert "decided now" in caplog.text
+    assert "they are fixed now" in caplog.text
     assert summarize(model).mean_bits <= 3.0
 
 
 def test_wrong_saved_state():
     controller = fit(toy(), 0, total=400)
-    with pytest.raises(CPQError, match="saved state of the learned bit-lengths does not fit this model"):
+    with pytest.raises(CPQError, match="saved state of the learned bit-widths does not fit this model"):
         controller.load_state_dict({"step": 1, "lengths": {"weight": {"multiplier": [0.0]}}})
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from cpq_hf.schedule import DROPBITS_END, drop_rate, noise_scale
+from cpq_hf.schedule import DROPBITS_END, drop_rate, learning_steps, noise_scale
 
 
 def test_noise_falls_geometrically_from_start_to_end():
@@ -25,3 +25,7 @@ def test_progress_outside_training_is_its_nearest_end(progress):
     inside = min(max(progress, 0), 1)
     assert noise_scale(progress, 0.4, 0.1) == noise_scale(inside, 0.4, 0.1)
     assert drop_rate(progress, 0.1) == drop_rate(inside, 0.1)
+
+
+def test_a_quarter_of_the_steps_learns_and_one_at_least():
+    assert [learning_steps(total) for total in (1, 4, 400, 1001)] == [1, 1, 100, 250]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,6 +79,36 @@ def test_table():
     assert "2,560 of 2,660 weights quantized (96.2%), mean 3.20 bits (4.28 over all)" in printed
     assert "in floating point: 3 (Linear)" in printed
     assert "0 of 6,107 weights quantized (0.0%)" in str(summarize(build("resnet")))
+
+
+def test_the_distance_is_shown_while_there_is_one():
+    model = small()
+    header, first, *_ = str(summarize(model)).splitlines()
+    assert header.endswith("shape  distance")
+    assert first.endswith(f"32x64  {summarize(model).layers[0].cluster_distance:.3f}")
+    header, first, *_ = str(summarize(pack_model(model))).splitlines()
+    assert header.endswith("shape")
+    assert first.endswith("32x64")
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_table_fits_a_terminal(width, packed):
+    """Whole lines of the same numbers: names lose their beginning, and below 80 columns the distance goes."""
+    config = CPQConfig(quantize_embeddings=True, granularity="group", group_size=16)
+    name = "a_name_that_is_longer_than_any_terminal." * 3
+    model = prepare_model(build("llama-tied"), config)
+    layers = summarize(pack_model(model) if packed else model)
+    layers = replace(layers, layers=tuple(replace(layer, name=name + layer.name) for layer in layers.layers))
+    lines = layers.table(width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert lines[1 + len(layers.layers)] == ""
+    assert all(line.startswith("…") for line in lines[1 : 1 + len(layers.layers)])
+    assert lines[-2 if width < 120 else -1].startswith("16,640 of 16,800 weights quantized")
+    assert ("distance" in lines[0]) == (width >= 80 and not packed)
+    assert any("gate_proj  linear     4     -    group 16     48x32" in line for line in lines)
+    assert any(line.split("group 16")[1].strip().startswith("…embed_tokens") for line in lines if "lm_head" in line)
+    assert layers.table(10_000) == layers.table() == str(layers)
 
 
 def test_picture(tmp_path):

@@ -139,7 +139,8 @@ class CPQHfQuantizer(HfQuantizer):
 
 
 def attach(model: Any, config: CPQConfig) -> None:
-    """Give a converted model in hand what `from_pretrained` would have given it, so that it saves and loads alike."""
+    """Give a converted model what `from_pretrained` would have given it, so that it saves and loads alike."""
+    surgery.own_configs(model)
     _note_base_model(model, config)
     quantizer = CPQHfQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer

@@ -9,7 +9,7 @@ import cpq_hf
 
 PACKAGE = Path(cpq_hf.__file__).parent
 RANKS = [
-    {"errors", "spec", "packing", "schedule", "kernels", "sharding", "version"},
+    {"errors", "spec", "packing", "schedule", "kernels", "sharding", "version", "private_apis", "torch_private"},
     {"fitting", "grid", "plan", "recompute"},
     {"quantizer"},
     {"nn"},
@@ -25,6 +25,7 @@ RANKS = [
 WITHIN = {
     "spec": {"errors"},
     "kernels": {"packing", "spec"},
+    "sharding": {"torch_private"},
     "plan": {"grid"},
     "recompute": {"grid"},
     "surgery": {"contents", "selection"},

@@ -17,7 +17,7 @@ from ..errors import CPQError
 from ..plan import QuantizationPlan
 from ..sharding import is_sharded
 from ..summary import summarize
-from .card import note_training, take_over_from_trainer, training_of
+from .card import announce_push, note_training, training_of
 from .config import CPQConfig
 from .model import pack_model, prepare_model
 from .recovery import check_not_diverged, set_incomplete_checkpoints_aside
@@ -162,7 +162,7 @@ class CPQCallback(TrainerCallback, ExportableState):
     ) -> None:
         if state.is_world_process_zero and any(True for _ in contents.packed_layers(kwargs["model"])):
             place = args.hub_model_id or Path(str(args.output_dir)).name
-            take_over_from_trainer(kwargs["model"], Path(str(args.output_dir)), place)
+            announce_push(kwargs["model"], Path(str(args.output_dir)), place)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint of the Trainer keeps of this callback; a token stays out of files."""

@@ -15,6 +15,7 @@ from .nn import SUFFIX, PackedLayer, ParameterWeight, TrainingLayer, row_of, wei
 from .plan import QuantizationPlan
 from .quantizer import Quantizer
 from .sharding import local
+from .torch_private import foreach_norm
 
 
 def training_layers(model: nn.Module) -> Iterator[tuple[str, TrainingLayer]]:
@@ -82,7 +83,7 @@ def first_not_finite(model: nn.Module) -> str | None:
     """Name of the first trained parameter that holds NaN or infinite values; of a sharded model, in this process."""
     trained = {name: local(p.detach()) for name, p in model.named_parameters() if p.requires_grad and p.numel()}
     tensors = {name: tensor for name, tensor in trained.items() if tensor.numel()}
-    largest = torch._foreach_norm(list(tensors.values()), ord=torch.inf)
+    largest = foreach_norm(list(tensors.values()), ord=torch.inf)
     if not largest or bool(
         torch.isfinite(torch.stack([norm.float().to(largest[0].device) for norm in largest])).all()
     ):

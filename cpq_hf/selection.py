@@ -25,7 +25,9 @@ from .nn import (
     weights_taken,
 )
 from .plan import QuantizationPlan, check_patterns, matches
+from .private_apis import hook_of
 from .spec import LayerSpec
+from .torch_private import is_compiled
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +214,7 @@ def _spec(name: str, candidate: Candidate, plan: QuantizationPlan, settings_of: 
     module = candidate.module
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         raise CPQError(f"`{name}` has `max_norm` or `sparse` set, which cannot be quantized; leave it out")
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+    if "forward" in vars(module) and hook_of(module) is None:
         raise CPQError(
             f"the `forward` of `{name}` was replaced on the instance, so it cannot be quantized; leave it out"
         )
@@ -238,8 +240,7 @@ def _check_target(selected: Mapping[str, LayerSpec], plan: QuantizationPlan) -> 
 
 
 def _check_is_float(model: nn.Module) -> None:
-    compiled = hasattr(model, "_orig_mod") or any(vars(m).get("_compiled_call_impl") for m in model.modules())
-    if compiled:
+    if any(is_compiled(module) for module in model.modules()):
         raise CPQError("the model is compiled already: prepare it first, then call `torch.compile`")
     if any(isinstance(module, PackedLayer) for module in model.modules()):
         raise CPQError("the model is packed already: prepare the float model, or the checkpoint saved in training")

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .torch_private import foreach_copy_
+
 try:
     from torch.distributed.tensor import DTensor, distribute_tensor
 except ImportError:  # a build of torch without distributed
@@ -44,4 +46,4 @@ def assign_whole(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
             parameter.copy_(distribute_tensor(value, mesh, placements, src_data_rank=None))
     plain = [(p.data, value) for p, value in zip(parameters, values, strict=True) if not is_sharded(p)]
     if plain:
-        torch._foreach_copy_([own for own, _ in plain], [value for _, value in plain])
+        foreach_copy_([own for own, _ in plain], [value for _, value in plain])

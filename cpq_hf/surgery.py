@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from .activation_quantizer import ActivationQuantizer
 from .contents import (
@@ -60,6 +62,20 @@ def prepare(model: nn.Module, plan: QuantizationPlan) -> dict[str, LayerSpec]:
     convert_to_training(model, selected, plan)
     initialize(model)
     return selected
+
+
+def own_configs(model: nn.Module) -> None:
+    """Give a model its own copy of every config that its modules hold, so that what is noted there is of it alone.
+
+    A model made with `Model(config)` or `AutoModel.from_config(config)` shares the config with all others made from
+    it. Modules that hold one object (attention reads its implementation there) hold one copy of it afterwards, and a
+    config inside of another one is copied with it: hence one memo for all.
+    """
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig):
+                vars(module)[name] = copy.deepcopy(value, copies)
 
 
 def convert_to_training(model: Any, layers: Mapping[str, LayerSpec], plan: QuantizationPlan) -> None:

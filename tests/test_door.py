@@ -14,9 +14,10 @@ import torch
 from models import NAMES, auto_class, build, inputs, logits
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from cpq_hf import (
+    CPQCallback,
     CPQConfig,
     CPQController,
     CPQError,
@@ -318,6 +319,114 @@ def test_prepare_model_equals_from_pretrained(tmp_path):
         assert torch.equal(value, in_hand.state_dict()[key]), key
     assert loaded.config.quantization_config == in_hand.config.quantization_config
     assert config.layers is None  # the user's object is left as it was
+
+
+SHARING = {  # how two models come to share a config: the float one, and the one to train
+    "from_config": ("bert", lambda cls, config: (cls.from_config(config), cls.from_config(config))),
+    "the class": ("bert", lambda cls, config: [type(cls.from_config(config))(config) for _ in range(2)]),
+    "parts": ("clip", lambda cls, config: (cls.from_config(config), cls.from_config(config))),
+    "experts": ("mixtral", lambda cls, config: (cls.from_config(config), cls.from_config(config))),
+    "the config of the other": ("vit", lambda cls, config: [m := cls.from_config(config), type(m)(m.config)]),
+}
+
+
+def prepared_by(how: str, model: nn.Module, folder: Path) -> nn.Module:
+    if how == "callback":
+        args = TrainingArguments(str(folder), use_cpu=True, report_to="none")
+        Trainer(model, args, callbacks=[CPQCallback(CPQConfig(weight_bits=3))])
+        return model
+    return prepare_model(model, CPQConfig(weight_bits=3))
+
+
+@pytest.mark.parametrize("how", ["prepare_model", "callback"])
+@pytest.mark.parametrize("sharing", SHARING)
+def test_a_shared_config_stays_that_of_the_float_model(sharing, how, tmp_path):
+    name, make = SHARING[sharing]
+    cls, batch = auto_class(name), inputs(name)
+    config = build(name).config
+    teacher, student = make(cls, config)
+    wanted, before = logits(teacher, batch), config.to_dict()  # in this order: a loss notes the kind of problem
+    parts = [part.config for part in teacher.modules() if hasattr(part, "config")]
+    model = prepared_by(how, student, tmp_path / "trainer")
+    for folder in ("training", "packed"):
+        trained = logits(model, batch)
+        model.save_pretrained(tmp_path / folder)
+        teacher.save_pretrained(tmp_path / f"teacher-{folder}")
+        assert torch.equal(logits(reload(cls, tmp_path / folder), batch), trained)
+        plain = reload(cls, tmp_path / f"teacher-{folder}")
+        assert torch.equal(logits(plain, batch), wanted)
+        assert not getattr(plain, "is_quantized", False)
+        if folder == "training":
+            pack_model(model)
+            assert torch.equal(logits(model, batch), trained)
+    assert config.to_dict() == before | {"architectures": config.architectures, "dtype": config.dtype}
+    assert not [part for part in parts if hasattr(part, "_is_quantized") or hasattr(part, "quantization_config")]
+    again = reload(cls, tmp_path / "teacher-packed", config=config, quantization_config=CPQConfig())
+    assert again.is_quantized
+    assert not hasattr(config, "quantization_config")
+
+
+@pytest.mark.parametrize("name", ["llama", "clip", "mixtral", "t5"])
+def test_modules_share_the_copy_of_a_config_as_they_shared_the_config(name):
+    def sharing(model: nn.Module) -> list[tuple[str, int]]:
+        configs = [(path, m.config) for path, m in model.named_modules() if hasattr(m, "config")]
+        parts = [(key, getattr(model.config, key)) for key in type(model.config).sub_configs]
+        firsts: dict[int, int] = {}
+        return [(path, firsts.setdefault(id(item), len(firsts))) for path, item in (*configs, *parts)]
+
+    model = build(name)
+    before = sharing(model)
+    prepare_model(model, CPQConfig())
+    assert sharing(model) == before
+    model.set_attn_implementation("eager")
+    others = {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")}
+    assert others == {"eager"}
+    assert model.generation_config.pad_token_id == 0 if name == "t5" else True
+
+
+@pytest.mark.parametrize("way", ["from_pretrained", "prepare_model", "a training checkpoint", "a copy"])
+def test_the_settings_have_one_owner(way, tmp_path):
+    build("vit").save_pretrained(tmp_path / "float")
+    given = CPQConfig(noise_end=0.2)
+    if way == "prepare_model":
+        model = prepare_model(build("vit"), given)
+    else:
+        model = reload(auto_class("vit"), tmp_path / "float", quantization_config=given)
+    if way == "a training checkpoint":
+        model.save_pretrained(tmp_path / "training")
+        model = reload(auto_class("vit"), tmp_path / "training")
+    if way == "a copy":
+        original, model = model, copy.deepcopy(model)
+        assert original.cpq_plan is not model.cpq_plan
+    settings = model.config.quantization_config
+    assert model.cpq_plan is settings
+    assert model.hf_quantizer.quantization_config is settings
+    settings.noise_end = 0.05
+    given.noise_end = 0.4
+    controller = CPQController(model, torch.optim.SGD(model.parameters(), lr=0.0), total_steps=2)
+    controller.step = 2
+    assert controller.noise == pytest.approx(0.05)
+    controller.detach()
+    model.save_pretrained(tmp_path / "saved")
+    assert reload(auto_class("vit"), tmp_path / "saved").cpq_plan.noise_end == 0.05
+    pack_model(model)
+    assert not hasattr(model, "cpq_plan")
+    settings = model.config.quantization_config
+    assert settings.packed
+    assert model.hf_quantizer.quantization_config is settings
+    model.save_pretrained(tmp_path / "packed")
+    packed = reload(auto_class("vit"), tmp_path / "packed")
+    assert packed.hf_quantizer.quantization_config is packed.config.quantization_config
+    assert packed.config.quantization_config.noise_end == 0.05
+
+
+def test_the_settings_of_a_plain_model():
+    given = CPQConfig(noise_end=0.2)
+    model = prepare_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), given)
+    assert (model.cpq_plan.noise_end, model.cpq_plan is given) == (0.2, False)
+    assert not hasattr(model, "config")
+    pack_model(model)
+    assert not hasattr(model, "cpq_plan")
 
 
 def test_a_model_in_hand_knows_that_it_is_quantized(tmp_path):

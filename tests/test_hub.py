@@ -309,6 +309,49 @@ assert Path("theirs/README.md").read_text() == "# Mine\\n"
     assert hub.repositories["me/theirs"]["main"]["README.md"] == b"# Mine\n"
 
 
+def test_a_trainers_push_that_fails_leaves_a_whole_page(hub, tmp_path):
+    """Before the model is saved, and after it."""
+    run(
+        hub,
+        tmp_path / "one",
+        TRAINER
+        + """
+import os
+from pathlib import Path
+from huggingface_hub import metadata_load
+def failing(run, error, **options):
+    try:
+        run.push_to_hub(**options)
+    except error:
+        return
+    raise AssertionError
+for name in ("ours", "theirs"):
+    run = trainer(name, CPQCallback(CPQConfig(weight_bits=2), pack=True), hub_model_id="a/b/c")
+    run.train()
+    card = Path(name, "README.md")
+    if name == "theirs":
+        card.write_text("# Mine\\n")
+    failing(run, ValueError)  # no such name
+    run.args.hub_model_id = f"me/{name}"
+    failing(run, TypeError, nonsense=1)  # nothing that the page of a Trainer takes
+    assert metadata_load(card)["library_name"] == "peft"
+    run.save_model()
+    run.save_model()
+    if name == "ours":
+        assert metadata_load(card)["library_name"] == "transformers"
+    else:
+        assert card.read_text() == "# Mine\\n"
+    run.push_to_hub()
+    failing(run, TypeError, nonsense=1)
+    from cpq_hf.hf.hub import push_folder
+    push_folder(name, f"me/{name}-folder") if name == "ours" else None
+""",
+    )
+    for name in ("me/ours", "me/ours-folder"):
+        assert card_of(hub, name).data.library_name == "transformers"
+    assert hub.repositories["me/theirs"]["main"]["README.md"] == b"# Mine\n"
+
+
 def test_page(tmp_path, monkeypatch):
     config = CPQConfig(weight_bits=3, base_model="org/float-resnet", overrides={"classifier": {"weight_bits": 8}})
     model = pack_model(prepare_model(build("resnet"), config))

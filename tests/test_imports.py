@@ -9,7 +9,7 @@ import cpq_hf
 
 PACKAGE = Path(cpq_hf.__file__).parent
 RANKS = [
-    {"errors", "spec", "packing", "schedule", "kernels", "sharding", "version"},
+    {"errors", "spec", "packing", "schedule", "kernels", "sharding", "version", "private_apis", "torch_private"},
     {"fitting", "grid", "learned_width", "plan", "recompute"},
     {"quantizer"},
     {"activation_quantizer"},
@@ -26,6 +26,7 @@ RANKS = [
 WITHIN = {
     "spec": {"errors"},
     "kernels": {"packing", "spec"},
+    "sharding": {"torch_private"},
     "plan": {"grid"},
     "recompute": {"grid"},
     "surgery": {"contents", "selection"},

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..private_apis import initialize_module
+
 
 @torch.no_grad()
 def initialized_by_name(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
@@ -40,7 +42,7 @@ def _needs_a_weight(around: list[nn.Module]) -> bool:
     """Whether the last of these, each inside of the one before, is initialized by a weight that is not there."""
     model = next(module for module in reversed(around) if isinstance(module, PreTrainedModel))
     try:
-        model._init_weights(around[-1])
+        initialize_module(model, around[-1])
     except AttributeError as error:
         return "'weight'" in str(error)
     except RuntimeError:  # what needs values, which a skeleton lacks, is left to the check of the whole export

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import CPQError
+from ..private_apis import attention_implementation, experts_implementation
 from . import plain
 
 IMAGE_SIDE = 224  # where a config does not say
@@ -102,9 +103,12 @@ def check_reload(
         CPQError: If it does not load, or loads as another model.
     """
     config = model.config
-    options = {"dtype": str(model.dtype).removeprefix("torch."), "attn_implementation": config._attn_implementation}
-    if getattr(config, "_experts_implementation", None):
-        options["experts_implementation"] = config._experts_implementation
+    options = {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attn_implementation": attention_implementation(config),
+    }
+    if experts_implementation(config):
+        options["experts_implementation"] = experts_implementation(config)
     request = {
         "class": type(model).__name__,
         "model": str(folder.resolve()),

@@ -14,6 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from ..contents import layer_kind
 from ..errors import CPQError
 from ..nn import PackedLayer, weight_name
+from ..private_apis import names_not_saved, names_of_the_hub
 from .containers import Container, contained
 from .plain import checksum
 
@@ -66,7 +67,7 @@ def stored_tensors(
     """
     ours = {f"{name}.{key}" for name, layer in layers.items() for key in layer._buffers}
     tied = {} if untied else (getattr(model, "all_tied_weights_keys", None) or {})
-    skipped = {*tied, *(model._keys_to_ignore_on_save or ())} | ours
+    skipped = {*tied, *names_not_saved(model)} | ours
     stored = {name: tensor for name, tensor in model.state_dict().items() if name not in skipped}
     expected = {name: checksum(tensor) for name, tensor in (stored | dict(model.named_buffers())).items()}
     expected = {name: value for name, value in expected.items() if name not in skipped}
@@ -142,9 +143,5 @@ def _weight_tensors(weight: str, words: Tensor, scale: Tensor, columns: int) -> 
 
 def _checkpoint_names(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as `save_pretrained` of a model that is not ours would write them: names of the Hub, single experts."""
-    kept = vars(model).pop("_weight_conversions", None)
-    try:
+    with names_of_the_hub(model):
         return revert_weight_conversion(model, tensors)
-    finally:
-        if kept is not None:
-            model._weight_conversions = kept

@@ -10,12 +10,13 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, metadata_save
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.modelcard import TASK_MAPPING
 
 from ..errors import CPQError
+from ..private_apis import auto_class_name, take_last_word
 from ..summary import Summary, readable_size, summarize
 from ..version import __version__
 from .config import CPQConfig
@@ -95,28 +96,30 @@ def write_card(model: Any, folder: Path, place: str = HERE, known: ModelCardData
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n").save(folder / CARD)
 
 
-def take_over_from_trainer(model: Any, folder: Path, place: str) -> None:
-    """Have a Trainer, which is about to push `folder`, leave us the last word on the page.
+def announce_push(model: Any, folder: Path, place: str) -> None:
+    """Note that a Trainer is about to save a model to `folder` and to push it from there to `place`."""
+    vars(model)["cpq_push"] = (folder.resolve(), place)
 
-    It writes a page of its own over any other, then asks the model to complete it if the page before was PEFT's: the
-    one door there is. A page that somebody wrote comes back as it was, otherwise ours takes what the Trainer knew.
+
+def take_over_from_trainer(model: Any, folder: Path) -> None:
+    """After a save: if it is the one of an announced push, take the last word on the model card from the Trainer.
+
+    A model card that somebody wrote comes back as it was, otherwise ours takes up what the Trainer knew.
     """
+    announced, place = vars(model).get("cpq_push", (None, HERE))
+    if announced != folder.resolve():
+        return
+    del vars(model)["cpq_push"]
     card = folder / CARD
     users = card.read_text(encoding="utf-8") if is_users(card) else None
-    folder.mkdir(parents=True, exist_ok=True)
-    door = {"library_name": "peft"}
-    if users is None:
-        card.write_text("", encoding="utf-8")
-    metadata_save(card, (metadata_load(card) or {}) | door)
 
-    def complete(directory: str) -> None:
-        del vars(model)["create_or_update_model_card"]
+    def complete() -> None:
         if users is not None:
             card.write_text(users, encoding="utf-8")
         else:
-            write_card(model, Path(directory), place, ModelCard.load(card, ignore_metadata_errors=True).data)
+            write_card(model, folder, place, ModelCard.load(card, ignore_metadata_errors=True).data)
 
-    vars(model)["create_or_update_model_card"] = complete
+    take_last_word(model, card, complete)
 
 
 def card_data(model: Any, training: Training, known: ModelCardData) -> ModelCardData:
@@ -155,7 +158,7 @@ def card_data(model: Any, training: Training, known: ModelCardData) -> ModelCard
 
 def _body(model: Any, report: Summary, base_model: Any, place: str, picture: bool) -> str:
     config, training = model.config.quantization_config, noted_training(model)
-    loader = _auto_class(model)
+    loader = auto_class_name(model) or type(model).__name__
     widths = sorted({layer.spec.weight.bits for layer in report.layers})
     bits = f"{widths[0]}" if len(widths) == 1 else f"{widths[0]} to {widths[-1]} (mean {report.mean_bits:.2f})"
     of_base = f" of [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
@@ -211,14 +214,6 @@ def is_users(card: Path) -> bool:
         return False
     text = card.read_text(encoding="utf-8", errors="replace")
     return MARK not in text and TRAINERS_MARK not in text
-
-
-def _auto_class(model: Any) -> str:
-    for name, loader in vars(transformers.models.auto.modeling_auto).items():
-        mapping = getattr(loader, "_model_mapping", None)
-        if name.startswith("Auto") and mapping is not None and mapping.get(type(model.config), None) is type(model):
-            return name
-    return type(model).__name__
 
 
 def _task(model: Any) -> str | None:

@@ -100,11 +100,15 @@ class CPQConfig(QuantizationPlan, QuantizationConfigMixin):
                 raise CPQError(f"`{name}` in config.json is not a {kind.__name__}, but {reprlib.repr(value)}")
 
     def resolved(self, layers: dict[str, LayerSpec], packed: bool = False) -> CPQConfig:
-        """A copy that carries the table of quantized layers."""
+        """Return a copy that carries the table of quantized layers."""
         other = copy.deepcopy(self)
-        other.layers = {name: spec.to_dict() for name, spec in layers.items()}
-        other.packed, other.checksums, other.config_checksum = packed, None, None
+        other.note_layers(layers, packed)
         return other
+
+    def note_layers(self, layers: dict[str, LayerSpec], packed: bool = False) -> None:
+        """Take up the table of quantized layers; checksums of an earlier save do not hold any more."""
+        self.layers = {name: spec.to_dict() for name, spec in layers.items()}
+        self.packed, self.checksums, self.config_checksum = packed, None, None
 
     def layer_specs(self) -> dict[str, LayerSpec]:
         """The stored table of layers, checked."""

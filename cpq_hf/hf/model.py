@@ -46,9 +46,10 @@ def prepare_model(model: M, config: CPQConfig) -> M:
     """
     if not isinstance(config, CPQConfig):
         raise CPQError(f"`config` must be a CPQConfig, got {type(config).__name__}")
-    layers = surgery.prepare(model, copy.deepcopy(config))  # what the user does to it later changes no model
+    config = copy.deepcopy(config)  # what the user does to theirs later changes no model
+    config.note_layers(surgery.prepare(model, config))  # one object: `model.cpq_plan` and `model.config` both hold it
     if isinstance(model, PreTrainedModel):
-        attach(model, config.resolved(layers))
+        attach(model, config)
     return model
 
 

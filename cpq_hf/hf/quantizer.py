@@ -15,13 +15,20 @@ from types import MethodType
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from .. import contents, surgery
 from ..errors import CPQError
+from ..private_apis import (
+    expect_missing,
+    mark_quantized,
+    names_not_saved,
+    save_under_own_names,
+    stop_expecting,
+    was_loaded,
+)
 from ..selection import candidates, select, tied_groups
 from ..spec import LayerSpec
 from .card import repository
@@ -78,7 +85,7 @@ class CPQHfQuantizer(HfQuantizer):
             return
         if config.layers is None:
             layers = select(model, config)
-            model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), _QUANTIZER_KEYS}
+            expect_missing(model, _QUANTIZER_KEYS)
         else:
             layers = layers_in_model(model, config.layer_specs())
         self.fresh = config.layers is None
@@ -92,7 +99,7 @@ class CPQHfQuantizer(HfQuantizer):
         if config.packed:
             return
         if self.fresh:
-            model._keys_to_ignore_on_load_missing.discard(_QUANTIZER_KEYS)
+            stop_expecting(model, _QUANTIZER_KEYS)
             surgery.initialize(model)
         else:
             _check_all_loaded(model)
@@ -102,7 +109,7 @@ class CPQHfQuantizer(HfQuantizer):
         """Called before config.json is written: the moment to note the checksums of what is about to be saved."""
         state_dict = getattr(self, "state_dict", None)
         if self.quantization_config.packed:
-            unsaved = {*(getattr(model, "all_tied_weights_keys", None) or ()), *(model._keys_to_ignore_on_save or ())}
+            unsaved = {*(getattr(model, "all_tied_weights_keys", None) or ()), *names_not_saved(model)}
             all_tensors = model.state_dict() if state_dict is None else state_dict
             tensors = {name: tensor for name, tensor in all_tensors.items() if name not in unsaved}
             self.quantization_config.checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
@@ -139,7 +146,8 @@ class CPQHfQuantizer(HfQuantizer):
 
 
 def attach(model: Any, config: CPQConfig) -> None:
-    """Give a converted model in hand what `from_pretrained` would have given it, so that it saves and loads alike."""
+    """Give a converted model what `from_pretrained` would have given it, so that it saves and loads alike."""
+    surgery.own_configs(model)
     _note_base_model(model, config)
     quantizer = CPQHfQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer
@@ -147,13 +155,13 @@ def attach(model: Any, config: CPQConfig) -> None:
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
     for part in contents.transformers_models(model):
-        part.config._is_quantized = True  # a few models compute otherwise then (FalconMamba, Jamba)
+        mark_quantized(part.config)
     _save_as_given(model)
 
 
 def _note_base_model(model: Any, config: CPQConfig) -> None:
     if config.base_model is None:
-        config.base_model = repository(model.config._name_or_path)
+        config.base_model = repository(model.config.name_or_path)
 
 
 def _save_as_given(model: Any) -> None:
@@ -162,7 +170,7 @@ def _save_as_given(model: Any) -> None:
     transformers replaces the argument `state_dict` of `save_pretrained` by what the quantizer returns, but a Trainer
     hands in there what it has gathered from all processes (FSDP, DeepSpeed).
     """
-    model._weight_conversions = []
+    save_under_own_names(model)
     model.save_pretrained = MethodType(_save_pretrained, model)
     model.push_to_hub = MethodType(_push_to_hub, model)
 
@@ -184,15 +192,13 @@ def _push_to_hub(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _config_file(config: Any) -> Path | None:
-    """config.json that a config was read from, if it is in a folder or in the cache of the Hub."""
-    name, commit = config._name_or_path, getattr(config, "_commit_hash", None)
-    if not name:  # a model class was asked for directly, not an auto class: it keeps no path
-        return None
-    beside = Path(name) / "config.json"
-    if beside.is_file():
-        return beside
-    cached = None if commit is None else try_to_load_from_cache(name, "config.json", revision=commit)
-    return Path(cached) if isinstance(cached, str) else None
+    """Return the config.json that a config was read from, if it is in a folder.
+
+    A config from the Hub keeps no commit by which it could be found, nor does one keep its path that a model class
+    read instead of an auto class: these are checked beside the weights.
+    """
+    beside = Path(config.name_or_path) / "config.json"
+    return beside if config.name_or_path and beside.is_file() else None
 
 
 def _verified(checkpoint_files: list[str], config: CPQConfig) -> CPQConfig:
@@ -240,11 +246,7 @@ def _renamed(layers: dict[str, LayerSpec], rename: Callable[[str], str]) -> dict
 
 def _check_all_loaded(model: nn.Module) -> None:
     names = contents.quantizer_parameter_names(model)
-    absent = [
-        name
-        for name, parameter in model.named_parameters()
-        if name in names and not getattr(parameter, "_is_hf_initialized", False)
-    ]
+    absent = [name for name, parameter in model.named_parameters() if name in names and not was_loaded(parameter)]
     if absent:
         raise CPQError(
             f"the checkpoint lacks `{absent[0]}` of layer `{absent[0].rpartition('.')[0].rpartition('.')[0]}` "

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CPQError
-from .card import CARD, is_users, write_card
+from ..private_apis import drop_last_word
+from .card import CARD, is_users, take_over_from_trainer, write_card
 from .checkpoint import INDEX, NEEDS_PLUGIN, STEM, WEIGHTS, config_checksum, read_json, verify_checkpoint
 from .hub import push_folder
 
@@ -39,6 +40,7 @@ def save_packed(model: Any, save_directory: str | os.PathLike[str], push_to_hub:
         )
     directory = Path(save_directory)
     directory.mkdir(parents=True, exist_ok=True)
+    drop_last_word(model)  # of a push that was cut off
     of_hub = {name: kwargs.pop(name) for name in _OF_HUB if name in kwargs}
     with tempfile.TemporaryDirectory(dir=directory, prefix="_saving-") as temporary:  # `Trainer` uploads no `_*`
         folder = Path(temporary)
@@ -56,6 +58,7 @@ def save_packed(model: Any, save_directory: str | os.PathLike[str], push_to_hub:
     for file in directory.iterdir():
         if WEIGHTS.fullmatch(file.name) and file.name not in written:
             file.unlink()
+    take_over_from_trainer(model, directory)
     if push_to_hub:
         push_folder(directory, of_hub.pop("repo_id", directory.name), verified=True, **of_hub)
 

@@ -13,9 +13,9 @@ from collections.abc import Collection
 from typing import NamedTuple, TypeVar
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from ..torch_private import OutProjection
 from .attention import (
     Attention,
     AttentionWeight,
@@ -72,7 +72,7 @@ LAYERS: dict[type[nn.Module], Kind] = {
     nn.Conv3d: Kind("conv3d", CPQConv3d, PackedConv3d),
     Conv1D: Kind("conv1d", CPQConv1D, PackedConv1D, transposed=True),
     nn.Embedding: Kind("embedding", CPQEmbedding, PackedEmbedding, has_float_input=False),
-    NonDynamicallyQuantizableLinear: Kind("attention", CPQOutProjection, PackedOutProjection),
+    OutProjection: Kind("attention", CPQOutProjection, PackedOutProjection),
 }
 EXPERTS = Kind("experts", ExpertWeight, PackedExpertWeight)
 ATTENTION = Kind("attention", AttentionWeight, PackedAttentionWeight)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..errors import CPQError
 from ..recompute import multiply, passed_on
+from ..torch_private import OutProjection, has_one_projection
 from .packed import PackedLinear
 from .parameters import PackedParameterWeight, ParameterWeight, Refitted, grid_of
 from .training import CPQLinear
@@ -68,11 +68,11 @@ class PackedAttentionWeight(PackedParameterWeight):
         return self.spec.activation is not None
 
 
-class CPQOutProjection(CPQLinear, NonDynamicallyQuantizableLinear):
+class CPQOutProjection(CPQLinear, OutProjection):
     """`out_proj` of an attention, on the grid: a row of its own, for other programs take its weight without a call."""
 
 
-class PackedOutProjection(PackedLinear, NonDynamicallyQuantizableLinear):
+class PackedOutProjection(PackedLinear, OutProjection):
     """The same, packed."""
 
 
@@ -83,7 +83,6 @@ class Attention(Refitted):
     num_heads: int
     batch_first: bool
     dropout: float
-    _qkv_same_embed_dim: bool
     in_proj_bias: Tensor | None
     out_proj: nn.Linear
 
@@ -128,7 +127,7 @@ class Attention(Refitted):
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
         """Query, key and value on the grid, multiplied with their projections on theirs."""
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        if self._qkv_same_embed_dim:
+        if has_one_projection(self):
             weight, grid = self._weight("in_proj_weight")
             query, key, value = _on_one_grid(grid, query, key, value)
             if query is key and key is value:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import CPQError
+from ..private_apis import experts_implementation, has_gate
 from ..recompute import kept_as_recipes
 from ..spec import LayerSpec
 from .parameters import PackedParameterWeight, ParameterWeight, Refitted, grid_of
@@ -80,8 +81,8 @@ def check_experts(module: nn.Module, name: str, spec: LayerSpec) -> None:
     if spec.activation is None:
         return
     remedy = "set `activation_bits` to None for it through `overrides`"
-    implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
-    if not hasattr(type(module), "_apply_gate") or not getattr(module, "has_gate", True):
+    implementation = experts_implementation(getattr(module, "config", None))
+    if not has_gate(type(module)) or not getattr(module, "has_gate", True):
         raise CPQError(f"the inputs of the experts `{name}` are out of reach in {type(module).__name__}: {remedy}")
     if implementation in (None, "eager"):
         raise CPQError(

@@ -24,8 +24,10 @@ from .. import grid
 from ..errors import CPQError
 from ..kernels.packed import dequantize, multiply
 from ..packing import pack, words_per_row
+from ..private_apis import mark_initialized
 from ..quantizer import from_grouped
 from ..spec import LayerSpec
+from ..torch_private import has_unsaved_buffers
 from .training import FixedVocabulary, TrainingLayer, conv1d_forward, drop_quantizers, swap_class
 
 
@@ -65,7 +67,7 @@ class PackedLayer(nn.Module):
     def weight(self) -> Tensor:
         """The dequantized weight, for code that looks at a layer's weight. Made anew at each access."""
         weight = self.quantized_weight()
-        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # there is nothing here for transformers to init
+        mark_initialized(weight)  # there is nothing here for transformers to init
         return weight
 
     @weight.setter
@@ -201,7 +203,7 @@ def fill_packed(layer: Any, spec: LayerSpec, dtype: torch.dtype, tensors: dict[s
         layer.register_buffer(name, tensor)
     layer.spec, layer.dtype = spec, dtype
     # transformers has nothing to init here, except what a subclass does not save (the scale of Gemma's embedding)
-    layer._is_hf_initialized = not layer._non_persistent_buffers_set
+    mark_initialized(layer, not has_unsaved_buffers(layer))
 
 
 def to_packed(

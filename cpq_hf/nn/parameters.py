@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..private_apis import mark_initialized
 from ..quantizer import WeightQuantizer
 from ..spec import LayerSpec
 from .packed import PackedLayer, fill_packed
@@ -75,7 +76,7 @@ def to_packed_parameter(
     module._modules.pop(name + SUFFIX, None)
     del module._parameters[name]
     module.register_module(name, layer)
-    module._is_hf_initialized = True
+    mark_initialized(module)
 
 
 def to_float_parameter(module: Any, name: str, weight: nn.Parameter) -> None:

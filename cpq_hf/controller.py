@@ -23,6 +23,7 @@ from .errors import CPQError
 from .lengths import WidthLearner
 from .nn import TrainingLayer
 from .quantizer import Quantizer, WeightQuantizer
+from .torch_private import foreach_add_, foreach_zero_
 
 logger = logging.getLogger(__name__)
 
@@ -220,8 +221,8 @@ class CPQController:
         # noise stays as it began. The values are tensors on the device, written by one kernel for all quantizers:
         # compiled code would be compiled again for every new Python number.
         noises = [quantizer.noise for quantizer in self._quantizers if isinstance(quantizer, WeightQuantizer)]
-        torch._foreach_zero_(noises)
-        torch._foreach_add_(noises, self.noise)
+        foreach_zero_(noises)
+        foreach_add_(noises, self.noise)
         progress = self.step / self.total_steps
         for kind, most in (
             (WeightQuantizer, self.plan.dropbits),
@@ -231,8 +232,8 @@ class CPQController:
             if not dropped:  # the _foreach operations take no empty lists
                 continue
             rate = schedule.drop_rate(progress, most)
-            torch._foreach_zero_([quantizer.drop_rate for quantizer in dropped])
-            torch._foreach_add_([quantizer.drop_rate for quantizer in dropped], rate)
+            foreach_zero_([quantizer.drop_rate for quantizer in dropped])
+            foreach_add_([quantizer.drop_rate for quantizer in dropped], rate)
             for quantizer in dropped:
                 # not the tensor compared with zero, which would wait for the device; compiles again once, at the end
                 quantizer.dropping = rate > 0

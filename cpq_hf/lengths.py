@@ -28,6 +28,7 @@ from .contents import quantizers
 from .errors import CPQError
 from .quantizer import Quantizer, WeightQuantizer
 from .sharding import assign_whole, whole
+from .torch_private import foreach_add_, foreach_copy_
 
 # Adam moves a logit by about its learning rate, TRAVEL / steps, if its gradients agree. From a certain bit to an
 # unlikely one is a distance of about 7, so twice that leaves time to turn back.
@@ -69,7 +70,7 @@ class WidthLearner:
         device = logits[0].device
         self.phi = nn.Parameter(torch.zeros(len(logits), max(item.numel() for item in logits), device=device))
         self._valid = torch.zeros_like(self.phi)  # 1 where `phi` holds a logit, 0 where it is filled up
-        torch._foreach_add_(self._rows_of(self._valid), 1.0)
+        foreach_add_(self._rows_of(self._valid), 1.0)
         self.set_costs(costs)
         numbers = {tie: number for number, tie in enumerate(dict.fromkeys(self.ties[i] for i in self.learned))}
         self._tie = torch.tensor([numbers[self.ties[index]] for index in self.learned], device=device)
@@ -259,7 +260,7 @@ class WidthLearner:
     def _stacked(self, rows: list[Tensor]) -> Tensor:
         """Stack rows of different lengths, filled up with zeros: `[learned widths, most bits]`."""
         out = torch.zeros_like(self._valid)
-        torch._foreach_copy_(self._rows_of(out), rows)
+        foreach_copy_(self._rows_of(out), rows)
         return out
 
     def _fixed_mean(self) -> float:

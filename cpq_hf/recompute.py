@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from . import grid
+from .torch_private import saved_tensors_are_watched
 
 SMALLEST = 1 << 14  # elements; below, the calls cost more than the memory is worth
 
@@ -86,7 +87,7 @@ def kept_as_recipes(*tensors: Tensor) -> AbstractContextManager[Any]:
     Where others watch what autograd keeps (gradient checkpointing, offloading) and under `torch.compile`, whose own
     compiler decides what is kept, nothing changes.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _is_watched():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or saved_tensors_are_watched():
         return nullcontext()
     recipes = {
         _memory(tensor): recipe
@@ -118,12 +119,6 @@ def _cast(tensor: Tensor) -> Tensor:
     cast = tensor.to(dtype)
     _write(cast, replace(recipe, dtype=dtype))
     return cast
-
-
-def _is_watched() -> bool:
-    """Whether hooks on what autograd keeps are in place already, which ours would hide. (No public way to ask.)"""
-    ask = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return ask is None or ask(True) is not None
 
 
 def _memory(tensor: Tensor) -> int:

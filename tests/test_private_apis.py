@@ -31,19 +31,6 @@ PACKAGE = Path(cpq_hf.__file__).parent
 HOMES = {"private_apis.py", "torch_private.py"}
 OURS = {"_owner", "_holder"}  # written into `vars` of layers of ours, so that they are no children
 WITHOUT_UNDERSCORE = {"NonDynamicallyQuantizableLinear"}
-# files that still do; an entry goes when its file takes the functions instead
-NOT_YET = {
-    "controller.py": {"_foreach_add_", "_foreach_zero_"},
-    "lengths.py": {"_foreach_add_", "_foreach_copy_"},
-    "recompute.py": {"_C", "_autograd", "_top_saved_tensors_default_hooks"},
-    "nn/reads.py": {
-        "_forward_pre_hooks",
-        "_forward_hooks",
-        "_forward_pre_hooks_with_kwargs",
-        "_forward_hooks_always_called",
-    },
-    "nn/training.py": {"_hf_hook"},
-}
 
 
 def is_private(name: str) -> bool:
@@ -89,7 +76,7 @@ def test_nothing_private_is_used_elsewhere():
     own = set().union(*map(defined_names, trees.values())) | OURS
     allowed = own | EXTENSION_POINTS.keys() | OVERRIDDEN.keys()
     found = {name: used_names(tree) - allowed for name, tree in trees.items() if name not in HOMES}
-    assert {name: names for name, names in found.items() if names} == NOT_YET
+    assert {name: names for name, names in found.items() if names} == {}
 
 
 def test_the_search_finds_what_it_looks_for():

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..torch_private import remove_forward_hooks
 from .training import TrainingLayer
 
 # what may be asked of a weight without computing with it
@@ -174,9 +175,4 @@ def show_weights(module: nn.Module, paths: list[str]) -> None:
 
 def hide_weights(module: nn.Module) -> None:
     """Remove the hooks of [`show_weights`]."""
-    hooks: list[dict[int, Any]] = [module._forward_pre_hooks, module._forward_hooks]
-    for registered in hooks:
-        for key in [key for key, hook in registered.items() if isinstance(hook, (ShowWeights, HideWeights))]:
-            del registered[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
-            module._forward_hooks_always_called.pop(key, None)
+    remove_forward_hooks(module, (ShowWeights, HideWeights))

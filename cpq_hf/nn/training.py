@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..activation_quantizer import ActivationQuantizer
 from ..errors import CPQError
+from ..private_apis import hook_of
 from ..quantizer import WeightQuantizer
 from ..recompute import dtype_of_product, multiply
 from ..spec import LayerSpec
@@ -125,7 +126,7 @@ def conv1d_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def swap_class(layer: Any, new_class: type[nn.Module]) -> None:
     """Change the class of a layer. A hook of accelerate holds on to the old `forward`, so it is put on anew."""
-    hook = getattr(layer, "_hf_hook", None)
+    hook = hook_of(layer)
     if hook is not None:
         remove_hook_from_module(layer)
         del layer.forward  # accelerate leaves the old method on the instance

@@ -54,11 +54,11 @@ def freeze_oscillating(layers: list[TrainingLayer], optimizer: torch.optim.Optim
 def _look(layer: TrainingLayer, state: dict[str, Any], indecision: float) -> None:
     quantizer = layer.weight_quantizer
     spec = quantizer.current_spec()
-    lo, hi = spec.bounds
+    lo, hi = spec.grid.bounds
     alpha = quantizer.alpha()
     alpha = alpha.view((1, 1, 1) if alpha.dim() == 1 else (*alpha.shape, 1))
     # [rows, groups, columns/groups], float32
-    level = (to_grouped(layer.weight.detach(), spec) / alpha - spec.offset).round_().clamp_(lo, hi)
+    level = (to_grouped(layer.weight.detach(), spec) / alpha - spec.grid.offset).round_().clamp_(lo, hi)
     if LEVEL not in state:
         state[LEVEL], state[DRIFT] = level.to(torch.int8), torch.zeros_like(level, dtype=torch.bfloat16)
         return
@@ -73,5 +73,5 @@ def _look(layer: TrainingLayer, state: dict[str, Any], indecision: float) -> Non
     frozen = frozen | caught
     state[LEVEL], state[DRIFT] = level.to(torch.int8), torch.where(frozen, torch.inf, drift).to(torch.bfloat16)
     # the optimizer has a gradient for frozen weights too, and moves them; each look puts them back
-    weight = torch.where(frozen, (level + spec.offset) * alpha, to_grouped(layer.weight.detach(), spec))
+    weight = torch.where(frozen, (level + spec.grid.offset) * alpha, to_grouped(layer.weight.detach(), spec))
     layer.weight.copy_(from_grouped(weight.to(layer.weight.dtype), spec))

@@ -166,14 +166,6 @@ class WeightSpec:
         """Levels of the weight."""
         return Grid(self.bits, signed=True, centered=self.centered)
 
-    @property
-    def offset(self) -> float:
-        return self.grid.offset
-
-    @property
-    def bounds(self) -> tuple[int, int]:
-        return self.grid.bounds
-
     def to_dict(self) -> dict[str, Any]:
         return _as_dict(self) | {"shape": list(self.shape)}
 

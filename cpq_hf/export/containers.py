@@ -51,7 +51,7 @@ def choose_containers(
     containers = {}
     for name, number in numbers.items():
         fused = [weights[other] for other in weights if numbers[other] == number]
-        needed = max(weight.bits + (weight.offset > 0) for weight in fused)
+        needed = max(weight.bits + (weight.grid.offset > 0) for weight in fused)
         if needed > max(widths):
             raise CPQError(
                 f"`{name}` needs a container of {needed} bits, `container_bits` (={sorted(widths)}) has none that wide"
@@ -81,7 +81,7 @@ def contained(layer: PackedLayer, container: Container) -> tuple[Tensor, Tensor]
     weight, words, scale = layer.spec.weight, layer.holder.weight_packed, layer.holder.weight_scale
     if container.bits != weight.bits:
         levels = unpack(words, weight.bits, weight.columns)
-        if weight.offset:  # (q + 1/2) s = (2q + 1) s/2
+        if weight.grid.offset:  # (q + 1/2) s = (2q + 1) s/2
             levels, scale = levels.mul_(2).add_(1), scale / 2
         words = pack(levels, container.bits)
     groups = 1 if container.group_size is None else weight.columns // container.group_size

@@ -48,7 +48,7 @@ def opset(layers: Mapping[str, PackedLayer]) -> int:
 def container(layer: PackedLayer) -> int:
     """Bits of the integers that hold the levels."""
     weight = layer.holder.spec.weight
-    bits = weight.bits + (weight.offset > 0)  # odd multiples take one bit more
+    bits = weight.bits + (weight.grid.offset > 0)  # odd multiples take one bit more
     return next(size for size in (2, 4, 8) if bits <= size)
 
 
@@ -146,10 +146,10 @@ class Lowering:
 
         def read() -> Any:
             levels = unpack(holder.weight_packed, weight.bits, weight.columns).view(shape)
-            levels = levels * 2 + 1 if weight.offset else levels
+            levels = levels * 2 + 1 if weight.grid.offset else levels
             return ir.Tensor((levels.T if transposed else levels).contiguous().numpy().astype(dtype.numpy()), dtype)
 
-        scale = holder.weight_scale / 2 if weight.offset else holder.weight_scale
+        scale = holder.weight_scale / 2 if weight.grid.offset else holder.weight_scale
         scale = scale.reshape({"tensor": (), "channel": (-1,), "group": scale.shape}[weight.granularity])
         scale = scale.T.contiguous() if transposed and scale.dim() == 2 else scale
         if name not in self.initializers:

@@ -89,12 +89,12 @@ class PackedLayer(nn.Module):
         if not self.fast or (x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type)):
             return None
         weight, holder = self.spec.weight, self.holder
-        return multiply(x, holder.weight_packed, holder.weight_scale, bias, weight.bits, weight.offset)
+        return multiply(x, holder.weight_packed, holder.weight_scale, bias, weight.bits, weight.grid.offset)
 
     def _dequantized(self, words: Tensor, scale: Tensor) -> Tensor:
         """Packed rows -> `[rows, columns]` in the layer's dtype."""
         weight = self.spec.weight
-        return dequantize(words, scale, weight.bits, weight.columns, weight.offset, self.dtype)
+        return dequantize(words, scale, weight.bits, weight.columns, weight.grid.offset, self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         """Move everything, cast what the float layer would cast, but keep the scales float32."""

@@ -114,7 +114,7 @@ def positions(method: str, model: nn.Module) -> Positions:
     for layer in model.modules():
         if isinstance(layer, TrainingLayer):
             alpha, spec = layer.weight_quantizer.alpha(), layer.layer_spec().weight
-            found.append((layer.weight.flatten(1) / alpha.view(-1, 1) - spec.offset, spec.bits))
+            found.append((layer.weight.flatten(1) / alpha.view(-1, 1) - spec.grid.offset, spec.bits))
         elif isinstance(getattr(layer, "weight_lsq", None), LSQ):
             lsq = layer.weight_lsq
             found.append((layer.weight.flatten(1) / lsq.step.view(-1, 1), lsq.hi.bit_length() + 1))

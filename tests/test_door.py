@@ -132,7 +132,9 @@ def test_what_is_quantized_by_default(name):
     assert not {n for n, m in model.named_modules() if isinstance(m, nn.Embedding)} & set(report["layers"])
 
 
-def test_a_fresh_process_needs_only_the_import(tmp_path):
+@pytest.mark.parametrize("name", ["serve.py", "cpq-hf.py", "cpq-hf", "cli.py"])
+def test_a_fresh_process_needs_only_the_import(name, tmp_path):
+    """Whatever the script is called: `import cpq_hf` never asks."""
     model = build("resnet")
     batch = inputs("resnet")
     prepare_model(model, CPQConfig(weight_bits=3, activation_bits=4))
@@ -141,14 +143,16 @@ def test_a_fresh_process_needs_only_the_import(tmp_path):
     pack_model(model)
     model.save_pretrained(tmp_path / "packed")
     torch.save({"batch": batch, "logits": expected}, tmp_path / "expected.pt")
-    script = (
+    script = tmp_path / name
+    script.write_text(
         "import sys, torch, cpq_hf; from transformers import AutoModelForImageClassification as Auto\n"
         "torch.set_num_threads(1); folder = sys.argv[1]; expected = torch.load(folder + '/expected.pt')\n"
         "model = Auto.from_pretrained(folder + '/packed')\n"
         "with torch.no_grad(): got = model(pixel_values=expected['batch']['pixel_values']).logits\n"
-        "assert torch.equal(got, expected['logits'])"
+        "assert torch.equal(got, expected['logits'])\n"
+        "assert cpq_hf.CPQConfig().weight_bits == 4\n"
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=120)
+    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, timeout=120)
 
 
 WITHOUT_PLUGIN = """

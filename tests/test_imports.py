@@ -18,7 +18,7 @@ RANKS = [
     {"controller"},
     {"hf", "export"},
     {"verbs"},
-    {"cli"},
+    {"cli", "start"},
     {"__init__"},
 ]
 # within a rank, in this order

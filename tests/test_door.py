@@ -27,6 +27,7 @@ from cpq_hf import (
     verify_checkpoint,
 )
 from cpq_hf.contents import training_layers
+from cpq_hf.version import how_to_install
 
 # what models of the test set warn of by themselves: GPT-2's config has no loss type, Mamba's kernels are not there
 EXPECTED_LOGS = (
@@ -191,7 +192,7 @@ def test_without_the_plugin_nothing_is_loaded(tmp_path):
     assert len(errors) == 15
     for attempt, error in errors.items():
         bare = attempt.startswith("bare") or attempt.endswith("a config")
-        hint = "index.json, which is read after `import cpq_hf` (pip install cpq-hf)"
+        hint = f"index.json, which is read after `import cpq_hf` ({how_to_install()})"
         assert ("no file named model.safetensors" if bare else hint) in error, attempt
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from cpq_hf.version import PACKAGE, PLACE, __version__, how_to_install
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,3 +55,17 @@ def test_the_command_starts_without_torch(name, wheel, tmp_path):
     code, out, err = run("verify", "x")
     assert (code, out) == (1, "")
     assert err.startswith("cpq-hf verify: No module named ")
+
+
+def test_one_way_to_install():
+    """Every page and message says what `how_to_install` says."""
+    assert how_to_install("onnx") == f"pip install '{PACKAGE}[onnx]'{PLACE}"
+    pages = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
+    programs = [file for folder in ("cpq_hf", "recipes") for file in (ROOT / folder).rglob("*.py")]
+    said = {file: re.findall(r"pip install '?(\.|cpq-hf)(?!\w)", file.read_text()) for file in pages + programs}
+    assert said[ROOT / "README.md"]
+    assert {str(file): names for file, names in said.items() if {*names} - {PACKAGE}} == {}
+
+
+def test_the_changelog_begins_with_this_version():
+    assert re.findall(r"^## (\S+)", (ROOT / "docs/changelog.md").read_text(), re.MULTILINE)[0] == __version__

@@ -1,20 +1,15 @@
 """Cluster-Promoting Quantization with DropBits for Hugging Face models: train at 2-8 bits, pack, deploy."""
 
-import sys
-from pathlib import Path
-
+from .controller import CPQController
+from .distillation import distill, distillation_loss
+from .errors import CPQError
+from .export import export_compressed_tensors, export_onnx
+from .hf import CPQCallback, CPQConfig, CPQOptimizer, pack_model, prepare_model, verify_checkpoint
+from .inference import fast_inference
+from .lengths import bit_penalty
+from .summary import summarize
+from .surgery import calibrate_model
 from .version import __version__ as __version__
-
-if Path(*sys.argv[:1]).stem != "cpq-hf":  # the command reads its arguments first: torch takes seconds to import
-    from .controller import CPQController
-    from .distillation import distill, distillation_loss
-    from .errors import CPQError
-    from .export import export_compressed_tensors, export_onnx
-    from .hf import CPQCallback, CPQConfig, CPQOptimizer, pack_model, prepare_model, verify_checkpoint
-    from .inference import fast_inference
-    from .lengths import bit_penalty
-    from .summary import summarize
-    from .surgery import calibrate_model
 
 __all__ = [
     "CPQCallback",

@@ -1,6 +1,7 @@
 """`cpq-hf`: verbs on checkpoints, in a folder or on the Hub. Training lives in recipes/.
 
-Torch and transformers take seconds to import, so a command line is read first and verbs.py, which needs them, after.
+Torch and transformers take seconds to import, and `import cpq_hf` needs both. So a command line is read first: the
+console script runs this file without its package (see start.py), which is why no import here is relative.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from .errors import CPQError
-
 MODEL = "folder of a checkpoint, or the id of a repository on the Hub"
 
 
@@ -20,10 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 if it went well, 1 if not, 2 if it was not understood."""
     args = _parser().parse_args(arguments)
     try:
-        from .verbs import run
+        from cpq_hf.verbs import run
 
         found, text = run(args)
-    except (CPQError, OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:  # a CPQError is a ValueError
         sys.stderr.write(f"cpq-hf {args.verb}: {' '.join(str(error).split())}\n")
         return 1
     except KeyboardInterrupt:

@@ -78,7 +78,7 @@ class QuantizationPlan:
             raise CPQError(f"`modules_to_not_convert` must be a list of module names or patterns, got {skipped!r}")
         if not isinstance(self.overrides, dict):
             raise CPQError(
-                f"`overrides` must map patterns to fields, as in {{'classifier': {{'weight_bits': 8}}}}; "
+                f'`overrides` must map patterns to fields, as in {{"classifier": {{"weight_bits": 8}}}}; '
                 f"got {self.overrides!r}"
             )
         for pattern, changes in self.overrides.items():

@@ -7,7 +7,7 @@ needs no network: scikit-learn's handwritten digits and a small ResNet, trained 
     accelerate launch --config_file recipes/accelerate/many_gpus.yaml recipes/accelerate_loop.py \
         --model_name_or_path microsoft/resnet-18 --dataset_name beans --label_column labels --float_epochs 3
 
-Every field of CPQConfig is an option. What CPQ adds to a loop is marked with `CPQ`. `output_dir` then holds `float`,
+Every setting of CPQConfig is an option. What CPQ adds to a loop is marked with `CPQ`. `output_dir` then holds `float`,
 `trained` (can be trained further), `packed` (what you publish) and checkpoints: to go on, add one to the same options.
 """
 

@@ -10,7 +10,7 @@ trained in float first. Perplexity is that of files it never saw. Your own model
         --dataset_config wikitext-2-raw-v1 --block_size 1024 --weight_bits 4 --granularity group \
         --per_device_train_batch_size 4 --gradient_accumulation_steps 8 --learning_rate 2e-5 --bf16
 
-Every field of CPQConfig and TrainingArguments is an option, as `--resume_from_checkpoint True` or `--push_to_hub`.
+Every setting of CPQConfig and TrainingArguments is an option, as `--resume_from_checkpoint True` or `--push_to_hub`.
 `output_dir` then holds `float`, `trained` (can be trained further), `packed` (what you publish).
 """
 

@@ -8,7 +8,7 @@ needs no network: scikit-learn's handwritten digits and a small model made here,
         --model_name_or_path microsoft/resnet-18 --dataset_name beans --label_column labels --float_epochs 3 \
         --weight_bits 4 --activation_bits 4 --num_train_epochs 10 --learning_rate 1e-4 --bf16
 
-Every field of CPQConfig and TrainingArguments is an option, as `--resume_from_checkpoint True` or `--push_to_hub`.
+Every setting of CPQConfig and TrainingArguments is an option, as `--resume_from_checkpoint True` or `--push_to_hub`.
 `output_dir` then holds `float`, `trained` (can be trained further), `packed` (what you publish).
 """
 

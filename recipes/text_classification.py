@@ -9,7 +9,7 @@ library a piece of source code is from. Your own model and data:
         --model_name_or_path bert-base-cased --dataset_name nyu-mll/glue --dataset_config rte \
         --text_column sentence1 sentence2 --float_epochs 3 --learning_rate 3e-5 --bf16
 
-Every field of CPQConfig and TrainingArguments is an option, as `--resume_from_checkpoint True` or `--push_to_hub`.
+Every setting of CPQConfig and TrainingArguments is an option, as `--resume_from_checkpoint True` or `--push_to_hub`.
 `output_dir` then holds `float`, `trained` (can be trained further), `packed` (what you publish).
 """
 

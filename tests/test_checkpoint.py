@@ -163,6 +163,24 @@ def test_whole_checkpoint(whole):
     assert found["bytes"] == (whole / "cpq_model.safetensors").stat().st_size
 
 
+# what older versions wrote under `transformers_weights`
+OLDER_TEXT = "cpq_model.safetensors.index.json, which is read after `import cpq_hf` (pip install cpq-hf)"
+
+
+def test_the_text_of_an_older_version(copy):
+    """A packed checkpoint is known by the file that the text names, not by its wording."""
+    stored = json.loads((copy / "config.json").read_text())
+    assert stored["transformers_weights"].startswith(INDEX)
+    expected = logits(auto_class("vit").from_pretrained(copy), inputs("vit"))
+    for text in (OLDER_TEXT, f"{INDEX}: the words of a later version"):
+        edit_model(copy, transformers_weights=text)
+        verify_checkpoint(copy)
+        assert torch.equal(logits(auto_class("vit").from_pretrained(copy), inputs("vit")), expected)
+    edit_config(copy, lambda c: c.update(packed=False))  # then only the text tells
+    with pytest.raises(CPQError, match="was saved during training, it is not packed"):
+        auto_class("vit").from_pretrained(copy)
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_found(damage, copy):
     function, message = DAMAGES[damage]

@@ -28,6 +28,7 @@ from cpq_hf import (
     verify_checkpoint,
 )
 from cpq_hf.contents import training_layers
+from cpq_hf.version import how_to_install
 
 # what models of the test set warn of by themselves: GPT-2's config has no loss type, Mamba's kernels are not there
 EXPECTED_LOGS = (
@@ -133,7 +134,9 @@ def test_what_is_quantized_by_default(name):
     assert not {n for n, m in model.named_modules() if isinstance(m, nn.Embedding)} & set(report["layers"])
 
 
-def test_a_fresh_process_needs_only_the_import(tmp_path):
+@pytest.mark.parametrize("name", ["serve.py", "cpq-hf.py", "cpq-hf", "cli.py"])
+def test_a_fresh_process_needs_only_the_import(name, tmp_path):
+    """Whatever the script is called: `import cpq_hf` never asks."""
     model = build("resnet")
     batch = inputs("resnet")
     prepare_model(model, CPQConfig(weight_bits=3, activation_bits=4))
@@ -142,14 +145,16 @@ def test_a_fresh_process_needs_only_the_import(tmp_path):
     pack_model(model)
     model.save_pretrained(tmp_path / "packed")
     torch.save({"batch": batch, "logits": expected}, tmp_path / "expected.pt")
-    script = (
+    script = tmp_path / name
+    script.write_text(
         "import sys, torch, cpq_hf; from transformers import AutoModelForImageClassification as Auto\n"
         "torch.set_num_threads(1); folder = sys.argv[1]; expected = torch.load(folder + '/expected.pt')\n"
         "model = Auto.from_pretrained(folder + '/packed')\n"
         "with torch.no_grad(): got = model(pixel_values=expected['batch']['pixel_values']).logits\n"
-        "assert torch.equal(got, expected['logits'])"
+        "assert torch.equal(got, expected['logits'])\n"
+        "assert cpq_hf.CPQConfig().weight_bits == 4\n"
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=120)
+    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, timeout=120)
 
 
 WITHOUT_PLUGIN = """
@@ -188,7 +193,7 @@ def test_without_the_plugin_nothing_is_loaded(tmp_path):
     assert len(errors) == 15
     for attempt, error in errors.items():
         bare = attempt.startswith("bare") or attempt.endswith("a config")
-        hint = "index.json, which is read after `import cpq_hf` (pip install cpq-hf)"
+        hint = f"index.json, which is read after `import cpq_hf` ({how_to_install()})"
         assert ("no file named model.safetensors" if bare else hint) in error, attempt
 
 

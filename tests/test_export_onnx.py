@@ -280,7 +280,7 @@ def test_refusals(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "TOLERANCE", -1.0)
     refuse(small(), x, r"for inputs of shape \[2, 8\] the output `output` in ONNX Runtime differs from the model's by")
     monkeypatch.setitem(sys.modules, "onnx_ir", None)
-    refuse(small(), x, r"exporting to ONNX needs onnx_ir: pip install 'cpq-hf\[onnx\]'")
+    refuse(small(), x, r"exporting to ONNX needs onnx_ir: pip install '.\[onnx\]' in a clone of cpq-hf")
 
 
 def test_fixed_sizes_if_asked(tmp_path):

@@ -18,6 +18,7 @@ from models import auto_class, build, inputs, logits
 
 from cpq_hf import CPQConfig, CPQError, calibrate_model, pack_model, prepare_model, verify_checkpoint
 from cpq_hf.hf.card import MARK
+from cpq_hf.version import how_to_install
 
 HERE = Path(__file__).parent
 
@@ -359,7 +360,8 @@ def test_page(tmp_path, monkeypatch):
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.base_model, card.data.base_model_relation) == ("org/float-resnet", "quantized")
     assert (card.data.pipeline_tag, card.data.library_name) == ("image-classification", "transformers")
-    for text in ("of 3 to 8 (mean 3.04) bits", "6,107 (97", "AutoModelForImageClassification.from_pretrained"):
+    loaded = f"import cpq_hf  # {how_to_install()}\nfrom transformers import AutoModelForImageClassification\n"
+    for text in ("of 3 to 8 (mean 3.04) bits", "6,107 (97", loaded):
         assert text in card.text, text
     assert "![Bits by layer](bits.png)" in card.text
     assert (tmp_path / "bits.png").read_bytes().startswith(b"\x89PNG")

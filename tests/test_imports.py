@@ -19,7 +19,7 @@ RANKS = [
     {"controller"},
     {"hf", "export"},
     {"verbs"},
-    {"cli"},
+    {"cli", "start"},
     {"__init__"},
 ]
 # within a rank, in this order

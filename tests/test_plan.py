@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from transformers import HfArgumentParser
 
 from cpq_hf import CPQConfig, CPQError, prepare_model, summarize
 from cpq_hf.plan import matches
@@ -34,6 +35,7 @@ def test_bits_outside_the_range_or_not_integers(value):
         ({"quantize_embeddings": "yes"}, "`quantize_embeddings` must be true or false"),
         ({"modules_to_not_convert": "lm_head"}, "`modules_to_not_convert` must be a list"),
         ({"overrides": ["a"]}, "`overrides` must map patterns to fields"),
+        ({"overrides": "classifier"}, r'as in {"classifier": {"weight_bits": 8}}; got .classifier.$'),
         ({"overrides": {"a": 8}}, r"`overrides\['a'\]` must be a dict of fields, got 8"),
         ({"overrides": {"a": {"bits": 8}}}, r"has the field 'bits'; .* did you mean 'weight_bits', 'activation_bits'"),
         ({"overrides": {"a": {"weight_bits": 12}}}, r"in `overrides\['a'\]`: `weight_bits` must be an integer from 2"),
@@ -56,6 +58,33 @@ def test_unknown_field_and_newer_layout_in_a_stored_config():
         CPQConfig.from_dict(stored | {"weight_bit": 4})
     with pytest.raises(CPQError, match=r"layout version 2, this cpq_hf reads version 1; upgrade cpq_hf"):
         CPQConfig.from_dict(stored | {"format_version": 2})
+
+
+def test_options_of_a_command_line(monkeypatch):
+    """What users set, each with its text in the docstring and its default; not what checkpoints store."""
+    monkeypatch.setenv("COLUMNS", "1000")  # argparse breaks lines at hyphens
+    parser = HfArgumentParser(CPQConfig)
+    text = " ".join(parser.format_help().split())
+    entries = {action.dest: action for action in parser._actions if action.dest != "help"}
+    assert [*entries] == [*CPQConfig.field_names(), "base_model"]
+    for name, action in entries.items():
+        default = {"centered": False}.get(name, getattr(CPQConfig(), name))  # the last is `--no_centered`
+        assert f"{action.help} (default: {default})" in text, name
+    assert entries["group_size"].help == 'Input features per group, with granularity="group". Must divide them.'
+
+
+def test_a_command_line_makes_a_config():
+    overrides = {"classifier": {"weight_bits": 8}}
+    words = ["--weight_bits", "3", "--no_centered", "--overrides", json.dumps(overrides), "--base_model", "me/float"]
+    words += ["--modules_to_not_convert", "a", "b"]
+    (config,) = HfArgumentParser(CPQConfig).parse_args_into_dataclasses(words)
+    expected = CPQConfig(
+        3, centered=False, overrides=overrides, modules_to_not_convert=["a", "b"], base_model="me/float"
+    )
+    assert config == expected
+    stored = config.resolved({"a.b": LayerSpec(WeightSpec((4, 6), 8))}, packed=True).to_dict()
+    del stored["quant_method"]
+    assert CPQConfig(**stored).to_dict() == stored | {"quant_method": "cpq"}
 
 
 def test_config_survives_json():

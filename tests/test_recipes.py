@@ -469,12 +469,27 @@ def test_a_mistake_ends_in_its_message_at_once(name, options, message, tmp_path,
 
 
 @pytest.mark.parametrize("name", RECIPE_NAMES)
-def test_an_unknown_option(name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "option", ["no_such_option", "packed", "layers", "checksums", "config_checksum", "format_version"]
+)
+def test_an_unknown_option(name, option, tmp_path, monkeypatch, capsys):
+    """What a checkpoint stores is none."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        main(name, "--no_such_option", "1")
-    assert "unrecognized arguments: --no_such_option" in capsys.readouterr().err
+        main(name, f"--{option}", "1")
+    assert f"unrecognized arguments: --{option}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", RECIPE_NAMES)
+def test_help_explains_the_options(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit, match="0"):
+        main(name, "--help")
+    printed = " ".join(capsys.readouterr().out.split())
+    default = 2 if name == "distill" else 4  # the recipe sets it
+    assert f"Bit-width of weights, 2 to 8. (default: {default})" in printed
+    assert "Repository of the float model, for the model card." in printed
 
 
 def test_distill_resumes_from_its_own_checkpoints_only(tmp_path):

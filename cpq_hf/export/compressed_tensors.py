@@ -28,7 +28,7 @@ from ..errors import CPQError
 from ..nn import PackedLayer
 from ..spec import MAX_BITS, MIN_BITS
 from ..summary import summarize
-from ..version import __version__
+from ..version import __version__, how_to_install
 from .containers import Container, choose_containers, partly_packed
 from .initialized import initialized_by_name
 from .reload import check_reload, default_inputs, difference, placed, run
@@ -145,10 +145,10 @@ def _check_environment(directory: Path, container_bits: Collection[int]) -> None
     try:
         installed = version("compressed-tensors")
     except PackageNotFoundError as error:
-        raise CPQError("exporting needs the package compressed-tensors: pip install cpq-hf[export]") from error
+        raise CPQError(f"exporting needs the package compressed-tensors: {how_to_install('export')}") from error
     if Version(installed) < Version(OLDEST):
         raise CPQError(
-            f"compressed-tensors {installed} has another layout; it takes {OLDEST}: pip install cpq-hf[export]"
+            f"compressed-tensors {installed} has another layout; it takes {OLDEST}: {how_to_install('export')}"
         )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CPQError(f"{directory} exists and is not an empty folder; choose another, nothing is overwritten")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..contents import packed_layers, training_layers
 from ..errors import CPQError
 from ..nn import PackedExpertWeight
+from ..version import how_to_install
 from .onnx_lowering import Lowering
 from .onnx_trace import (
     DynamicShapes,
@@ -121,7 +122,7 @@ def _import_packages() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise CPQError(f"exporting to ONNX needs {error.name}: pip install 'cpq-hf[onnx]'") from error
+        raise CPQError(f"exporting to ONNX needs {error.name}: {how_to_install('onnx')}") from error
 
 
 def _check_model(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from transformers.modelcard import TASK_MAPPING
 from ..errors import CPQError
 from ..private_apis import auto_class_name, take_last_word
 from ..summary import Summary, readable_size, summarize
-from ..version import __version__
+from ..version import __version__, how_to_install
 from .config import CPQConfig
 
 CARD, PICTURE = "README.md", "bits.png"
@@ -181,7 +181,7 @@ def _body(model: Any, report: Summary, base_model: Any, place: str, picture: boo
         ),
         f"![Bits by layer]({PICTURE})" if picture else "",
         "## Load it",
-        f"```python\nimport cpq_hf  # pip install cpq-hf\nfrom transformers import {loader}\n\n"
+        f"```python\nimport cpq_hf  # {how_to_install()}\nfrom transformers import {loader}\n\n"
         f'model = {loader}.from_pretrained("{place}")\n```',
         "Without the plugin these files are not loaded: transformers stops, naming it. Where the plugin is, write a "
         "checkpoint that plain tools read, for transformers and vLLM or for ONNX Runtime:",

@@ -24,15 +24,21 @@ from ..errors import CPQError
 from ..kernels.crc import crc32
 from ..nn.packed import packed_tensors
 from ..spec import LayerSpec
+from ..version import how_to_install
 from .config import QUANT_METHOD, CPQConfig
 
 STEM = "cpq_model"
 INDEX = f"{STEM}.safetensors.index.json"
 WEIGHTS = re.compile(rf"(model|{STEM})(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")  # packed or not
-NEEDS_PLUGIN = f"{INDEX}, which is read after `import cpq_hf` (pip install cpq-hf)"
+NEEDS_PLUGIN = f"{INDEX}, which is read after `import cpq_hf` ({how_to_install()})"  # its wording may change
 
 _DTYPES = {torch.int32: "I32", torch.float32: "F32", torch.int64: "I64"}
 _UNSEALED = ("transformers_version", "transformers_weights")  # what a user may lose or change without another model
+
+
+def names_packed_weights(config: Any) -> bool:
+    """Tell by `transformers_weights`, in the words of any version, that a model config is of a packed checkpoint."""
+    return str(getattr(config, "transformers_weights", None)).startswith(INDEX)
 
 
 def checksum(tensor: Tensor) -> int:

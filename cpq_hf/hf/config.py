@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
+import json
+import re
 import reprlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -41,17 +46,18 @@ class CPQConfig(QuantizationPlan, QuantizationConfigMixin):
             multiply-accumulates as seen in the first batch.
         tie_bits (`bool`, defaults to False): Learn one width for layers that inference engines fuse: query, key and
             value; gate and up; the experts of a layer.
-        learn_activation_bits (`bool`, defaults to False): The same for inputs, between `min_bits` and
-            `activation_bits`.
-        target_activation_bits (`float`, *optional*): Their mean width, over the elements of the inputs.
+        learn_activation_bits (`bool`, defaults to False): Learn the width of each layer's inputs between `min_bits`
+            and `activation_bits`, as `learn_bits` does for weights.
+        target_activation_bits (`float`, *optional*): With `learn_activation_bits`, the mean width over the elements of
+            the inputs to end at or under.
         dropbits (`float`, defaults to 0): Rate at which DropBits drops a bit of a weight at the start of training,
             0 to 0.9; it falls to 0 over the first three quarters of training. Not for weights that learn their width.
             Off by default, since 0.1 gained nothing in docs/results.md.
-        activation_dropbits (`float`, defaults to 0): The same for inputs.
+        activation_dropbits (`float`, defaults to 0): Rate at which DropBits drops a bit of an input, as `dropbits`.
         noise_start (`float`, defaults to 1/3): Scale of the logistic noise at the start of training, in grid steps,
             0.02 to 0.5. At 1/2 the estimator is nearly plain straight-through.
-        noise_end (`float`, defaults to 0.1): The same at the end, for weights: the smaller, the more of them cluster
-            on the grid. Activations keep `noise_start`.
+        noise_end (`float`, defaults to 0.1): Scale of the noise at the end, for weights: the smaller, the
+            more of them cluster on the grid. Activations keep `noise_start`.
         freeze_oscillating (`bool`, defaults to False): Freeze weights that oscillate between two levels. It helps
             where many do: a distilled language model at 2 bits, in docs/results.md; the image models there lose by it.
         quantize_embeddings (`bool`, defaults to False): Quantize `nn.Embedding` too.
@@ -59,12 +65,12 @@ class CPQConfig(QuantizationPlan, QuantizationConfigMixin):
             what transformers leaves out, the output head and tied embeddings; `[]` means nothing.
         overrides (`dict[str, dict]`, *optional*): Other settings for single modules, by name or pattern:
             `weight_bits`, `activation_bits`, `granularity`, `group_size`, `learn_bits`. Later entries win. A module
-            named here is quantized even if it is the output head or an embedding.
+            named here is quantized even if it is the output head or an embedding. As text, it has to be JSON.
         layers, packed, format_version, checksums, config_checksum: Written into checkpoints, never by hand: the table
             of quantized layers as it was resolved, whether they are packed, and the CRC-32 of each tensor and of
             config.json.
-        base_model (`str`, *optional*): Repository of the float model, for the page on the Hub. Known by itself where
-            the model was loaded from there.
+        base_model (`str`, *optional*): Repository of the float model, for the model card. None takes the one that the
+            model was loaded from, if it was loaded from the Hub.
 
     A name without wildcard means the module, any module whose dotted name ends in it, and what is inside them; with
     a wildcard it is matched with `fnmatch` against the whole dotted name.
@@ -83,6 +89,8 @@ class CPQConfig(QuantizationPlan, QuantizationConfigMixin):
     ```
     """
 
+    # text is JSON, from a command line: HfArgumentParser hands it on if the type has `str`, and only beside `None`
+    overrides: dict[str, dict[str, Any]] | str | None = field(default_factory=dict)  # type: ignore[assignment]
     layers: dict[str, dict[str, Any]] | None = None
     packed: bool = False
     format_version: int = FORMAT_VERSION
@@ -92,6 +100,9 @@ class CPQConfig(QuantizationPlan, QuantizationConfigMixin):
     quant_method: str = field(default=QUANT_METHOD, init=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        if isinstance(self.overrides, str):
+            with contextlib.suppress(ValueError):  # then `check` says what it has to be
+                self.overrides = json.loads(self.overrides)
         self.overrides = {} if self.overrides is None else self.overrides
         self.check()
         for name, kind in _STORED_TYPES.items():
@@ -152,3 +163,22 @@ class CPQConfig(QuantizationPlan, QuantizationConfigMixin):
     def get(self, key: str, default: Any = None) -> Any:
         """As on a dict: transformers reads `config.quantization_config` this way when a config is used again."""
         return getattr(self, key, default)
+
+
+def _prepare_for_command_lines() -> None:
+    """Set what `HfArgumentParser` reads of each field of `CPQConfig`.
+
+    The help of an option is its text in the docstring; the parser shows a default only beside a help. What a
+    checkpoint stores is no option: `CPQConfig(**stored)` takes it, because `__init__` exists by now, but parsers leave
+    out fields with `init=False`.
+    """
+    entries = re.findall(r"^ {4}(\w+) \(.*?\): (.*(?:\n {8}.*)*)", inspect.getdoc(CPQConfig) or "", re.MULTILINE)
+    texts = {name: " ".join(text.replace("`", "").split()) for name, text in entries}
+    for item in fields(CPQConfig):
+        if item.name in _STORED and item.name != "base_model":
+            item.init = False
+        elif item.name in texts:  # `python -OO` drops docstrings
+            item.metadata = MappingProxyType({"help": texts[item.name].replace("%", "%%")})
+
+
+_prepare_for_command_lines()

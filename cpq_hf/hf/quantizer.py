@@ -32,7 +32,7 @@ from ..private_apis import (
 from ..selection import candidates, select, tied_groups
 from ..spec import LayerSpec
 from .card import repository
-from .checkpoint import INDEX, NEEDS_PLUGIN, STEM, checksum, verify_config, verify_files, weight_files
+from .checkpoint import INDEX, STEM, checksum, names_packed_weights, verify_config, verify_files, weight_files
 from .config import QUANT_METHOD, CPQConfig
 from .hub import push_to_hub
 from .saving import save_packed
@@ -60,7 +60,7 @@ class CPQHfQuantizer(HfQuantizer):
 
         What is at hand by now is checked, for transformers builds whatever config.json says.
         """
-        if self.quantization_config.packed or getattr(config, "transformers_weights", None) == NEEDS_PLUGIN:
+        if self.quantization_config.packed or names_packed_weights(config):
             config_file = _config_file(config)
             if config_file is not None:
                 verify_config(config_file)

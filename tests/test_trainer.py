@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
 from typing import ClassVar
 
 import pytest
 import torch
+from accelerate.utils import TorchDynamoPlugin as DynamoPlugin
 from datasets import Dataset
 from models import build, inputs, logits
+from torch._dynamo.testing import CompileCounter
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from cpq_hf import (
@@ -21,6 +25,7 @@ from cpq_hf import (
     pack_model,
     prepare_model,
 )
+from cpq_hf.hf.callback import calibrate_uncompiled
 from cpq_hf.quantizer import WeightQuantizer
 from cpq_hf.schedule import drop_rate, noise_scale
 
@@ -235,6 +240,93 @@ def test_data_parallel_is_refused(tmp_path):
     args._n_gpu = 2
     with pytest.raises(CPQError, match=r"2 GPUs with DataParallel.*torchrun --nproc_per_node 2"):
         CPQCallback(CPQConfig()).on_init_end(args, None, None, model=build("resnet"))
+
+
+class Failing(Exception):
+    pass
+
+
+def fail(*_, **__):
+    raise Failing
+
+
+def fails_in_the_loss(trainer, model):
+    trainer.compute_loss = fail
+
+
+def fails_in_a_layer(trainer, model):
+    model.get_submodule(LAYER).register_forward_pre_hook(fail)
+
+
+def fails_in_the_data(trainer, model):
+    trainer.data_collator = fail
+
+
+def fails_in_backward(trainer, model):
+    model.get_submodule(LAYER).weight.register_hook(fail)
+
+
+@pytest.mark.parametrize("how", [fails_in_the_loss, fails_in_a_layer, fails_in_the_data, fails_in_backward])
+def test_a_first_step_that_fails_does_not_switch_compiling_off(how, tmp_path):
+    model = prepare_model(build("resnet"), CPQConfig(**CONFIG))
+    args = arguments(tmp_path, torch_compile=True, torch_compile_backend="eager")
+    trainer = Trainer(model, args, train_dataset=data(), callbacks=[CPQCallback()])
+    how(trainer, model)
+    with pytest.raises(Failing):
+        trainer.train()
+    counter = CompileCounter()
+    x = torch.ones(2)
+    assert torch.equal(torch.compile(lambda x: x + 1, backend=counter)(x), x + 1)
+    assert counter.frame_count == 1
+
+
+# torch's own tracer makes an instance of an autograd function, of which torch then warns
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:activation quantizers are not calibrated yet")
+@pytest.mark.parametrize("eval_on_start", [False, True])
+def test_only_the_calibrating_pass_is_uncompiled(eval_on_start, tmp_path, monkeypatch):
+    """The first in training; what comes after it is compiled once, for training and for evaluation."""
+    model, seen = prepare_model(build("resnet"), CPQConfig(activation_bits=8)), []
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    layer = model.get_submodule(LAYER)
+    layer.register_forward_pre_hook(lambda m, _: None if torch.compiler.is_compiling() else seen.append(m.training))
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend=counter))
+    monkeypatch.setattr(DynamoPlugin, "to_kwargs", lambda self: {})
+    args = arguments(tmp_path, torch_compile=True, eval_on_start=eval_on_start, gradient_accumulation_steps=2)
+    trainer = Trainer(model, args, train_dataset=data(48), eval_dataset=data(4), callbacks=[CPQCallback()])
+    trainer.train()
+    assert seen == [False] * eval_on_start + [True]
+    assert counter.frame_count == 1
+    assert "forward" not in vars(model)
+
+
+def test_a_copy_of_a_model_that_waits_for_calibration():
+    """A callback for averaged weights may make one before the first step."""
+    model, batch = prepare_model(build("resnet"), CPQConfig(**CONFIG)).train(), inputs("resnet")
+    calibrate_uncompiled(model)
+    calibrate_uncompiled(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert not copied(**batch).logits.any()
+    assert "forward" not in vars(copied)
+    assert "forward" in vars(model)
+    assert model(**batch).logits.any()
+    assert not {"forward", "cpq_forward"} & vars(model).keys()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_one_graph_needs_a_calibrated_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_FULLGRAPH", "1")
+    model = prepare_model(build("resnet"), CPQConfig(**CONFIG))
+    args = arguments(tmp_path, torch_compile=True, torch_compile_backend="eager", max_steps=1)
+    trainer = Trainer(model, args, train_dataset=data(), callbacks=[CPQCallback()])
+    with pytest.raises(CPQError, match=r"ACCELERATE_DYNAMO_USE_FULLGRAPH is set. Call `cpq_hf.calibrate_model"):
+        trainer.train()
+    calibrate_model(model, [inputs("resnet")])
+    trainer.train()
 
 
 def test_optimizer_groups(tmp_path):

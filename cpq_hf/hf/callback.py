@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -17,6 +19,7 @@ from ..errors import CPQError
 from ..plan import QuantizationPlan
 from ..sharding import is_sharded
 from ..summary import summarize
+from ..torch_private import uncompiled
 from .card import announce_push, note_training, training_of
 from .config import CPQConfig
 from .model import pack_model, prepare_model
@@ -65,7 +68,6 @@ class CPQCallback(TrainerCallback, ExportableState):
         self.pack = pack or push is not None
         self.push = push
         self.controller: CPQController | None = None
-        self._waits_for_calibration = False
         self._counts_by_hand = False  # DeepSpeed steps one parameter group after the other
 
     def on_init_end(
@@ -83,6 +85,7 @@ class CPQCallback(TrainerCallback, ExportableState):
         _refuse_data_parallel(args)
         self._detach()
         _refuse_to_pack_shards(self.pack, model)
+        _refuse_fullgraph(args, model)
         _warn_about_decay(model, optimizer)
         if args.deepspeed:
             _refuse_under_deepspeed(contents.plan_of(model))
@@ -100,9 +103,8 @@ class CPQCallback(TrainerCallback, ExportableState):
             callbacks: Any = state.stateful_callbacks or {}
             saved = callbacks.get(type(self).__name__, {}).get("attributes", {}).get("controller_state")
             self.controller.load_state_dict(saved or {"step": state.global_step})
-        if args.torch_compile and not contents.is_calibrated(model):
-            torch.compiler.set_stance("force_eager")  # the first step calibrates, which cannot be compiled
-            self._waits_for_calibration = True
+        if not contents.is_calibrated(model):
+            calibrate_uncompiled(model)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -113,9 +115,6 @@ class CPQCallback(TrainerCallback, ExportableState):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._waits_for_calibration:
-            torch.compiler.set_stance("default")
-            self._waits_for_calibration = False
         if control.should_log or control.should_save:
             check_not_diverged(kwargs["model"], state)
 
@@ -176,6 +175,42 @@ class CPQCallback(TrainerCallback, ExportableState):
         if self.controller is not None:
             self.controller.detach()
             self.controller = None
+
+
+def calibrate_uncompiled(model: nn.Module) -> None:
+    """Have the next forward pass in training run without `torch.compile`, because it calibrates activations.
+
+    Choosing a grid from data cannot be compiled. A compiled model calls the `forward` that the module itself has, so
+    the module is given one that lasts until that pass. A stance of the compiler for the whole process would stay if
+    something was raised before; this one leaves nothing switched off for others, whatever is raised.
+    """
+    module = uncompiled(model)
+    if "cpq_forward" not in vars(module):
+        reason = "the first forward pass calibrates activations; `cpq_hf.calibrate_model` does it before"
+        vars(module)["cpq_forward"] = vars(module).get("forward")  # accelerate puts one there for mixed precision
+        # a bound method, so that a copy of the model gets one that is bound to the copy
+        vars(module)["forward"] = MethodType(torch.compiler.disable(_forward_uncompiled, reason=reason), module)
+
+
+def _forward_uncompiled(module: Any, *args: Any, **kwargs: Any) -> Any:
+    forward = vars(module)["cpq_forward"]
+    if module.training:
+        del module.forward, module.cpq_forward
+        if forward is not None:
+            module.forward = forward
+    with torch.compiler.set_stance("force_eager"):  # for parts inside that are compiled each on their own
+        return type(module).forward(module, *args, **kwargs) if forward is None else forward(*args, **kwargs)
+
+
+def _refuse_fullgraph(args: TrainingArguments, model: nn.Module) -> None:
+    if not args.torch_compile or contents.is_calibrated(model):
+        return
+    plugin = AcceleratorState().dynamo_plugin
+    if plugin.fullgraph and not plugin.use_regional_compilation:
+        raise CPQError(
+            "the first forward pass calibrates activations, which `torch.compile` cannot have in one graph, and "
+            "ACCELERATE_DYNAMO_USE_FULLGRAPH is set. Call `cpq_hf.calibrate_model(model, batches)` before training"
+        )
 
 
 def _last_metrics(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from .errors import CPQError
 from .nn import SUFFIX, PackedLayer, ParameterWeight, TrainingLayer, row_of, weight_name
 from .plan import QuantizationPlan
 from .quantizer import Quantizer
-from .sharding import local
+from .sharding import local, whole
 from .torch_private import foreach_norm
 
 
@@ -74,8 +74,9 @@ def prepared_module(model: nn.Module) -> Any:
 
 
 def is_calibrated(model: nn.Module) -> bool:
-    """Whether every quantizer of an activation knows its range."""
-    return all(item.calibrated for _, item in quantizers(model) if isinstance(item, ActivationQuantizer))
+    """Return whether every quantizer of an activation knows its range; of a sharded model, asked in every process."""
+    signs = [whole(item.signed.detach()) for _, item in quantizers(model) if isinstance(item, ActivationQuantizer)]
+    return not any(bool(sign.isnan()) for sign in signs)  # NaN until it is known
 
 
 @torch.no_grad()

@@ -1,14 +1,14 @@
 """Cluster-Promoting Quantization with DropBits for Hugging Face models: train at 2-8 bits, pack, deploy."""
 
-from .controller import CPQController
-from .distillation import distill, distillation_loss
 from .errors import CPQError
 from .export import export_compressed_tensors, export_onnx
 from .hf import CPQCallback, CPQConfig, CPQOptimizer, pack_model, prepare_model, verify_checkpoint
-from .inference import fast_inference
-from .lengths import bit_penalty
-from .summary import summarize
-from .surgery import calibrate_model
+from .model.conversion import calibrate_model
+from .model.fast_inference import fast_inference
+from .model.summary import summarize
+from .training.bit_widths import bit_penalty
+from .training.controller import CPQController
+from .training.distillation import distill, distillation_loss
 from .version import __version__ as __version__
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpq_hf.spec import Grid
+from cpq_hf.tensor.spec import Grid
 
 
 def fake_quantize(

@@ -13,17 +13,17 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .. import contents
-from ..controller import CPQController
+from ..distributed import is_sharded
 from ..errors import CPQError
-from ..plan import QuantizationPlan
-from ..sharding import is_sharded
-from ..summary import summarize
+from ..model import inspection
+from ..model.settings import QuantizationSettings
+from ..model.summary import summarize
 from ..torch_private import uncompiled
+from ..training.controller import CPQController
 from .card import announce_push, note_training, training_of
 from .config import CPQConfig
 from .model import pack_model, prepare_model
-from .recovery import check_not_diverged, set_incomplete_checkpoints_aside
+from .trainer_checkpoints import check_not_diverged, set_incomplete_checkpoints_aside
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class CPQCallback(TrainerCallback, ExportableState):
         _refuse_fullgraph(args, model)
         _warn_about_decay(model, optimizer)
         if args.deepspeed:
-            _refuse_under_deepspeed(contents.plan_of(model))
+            _refuse_under_deepspeed(inspection.settings_of(model))
         self.controller = CPQController(model, optimizer, state.max_steps)
         self._counts_by_hand = bool(args.deepspeed)
         if self._counts_by_hand:
@@ -103,7 +103,7 @@ class CPQCallback(TrainerCallback, ExportableState):
             callbacks: Any = state.stateful_callbacks or {}
             saved = callbacks.get(type(self).__name__, {}).get("attributes", {}).get("controller_state")
             self.controller.load_state_dict(saved or {"step": state.global_step})
-        if not contents.is_calibrated(model):
+        if not inspection.is_calibrated(model):
             calibrate_uncompiled(model)
 
     def on_optimizer_step(
@@ -159,7 +159,7 @@ class CPQCallback(TrainerCallback, ExportableState):
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero and any(True for _ in contents.packed_layers(kwargs["model"])):
+        if state.is_world_process_zero and any(True for _ in inspection.packed_layers(kwargs["model"])):
             place = args.hub_model_id or Path(str(args.output_dir)).name
             announce_push(kwargs["model"], Path(str(args.output_dir)), place)
 
@@ -203,7 +203,7 @@ def _forward_uncompiled(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _refuse_fullgraph(args: TrainingArguments, model: nn.Module) -> None:
-    if not args.torch_compile or contents.is_calibrated(model):
+    if not args.torch_compile or inspection.is_calibrated(model):
         return
     plugin = AcceleratorState().dynamo_plugin
     if plugin.fullgraph and not plugin.use_regional_compilation:
@@ -233,9 +233,13 @@ def _refuse_data_parallel(args: TrainingArguments) -> None:
         )
 
 
-def _refuse_under_deepspeed(plan: QuantizationPlan) -> None:
-    learns = plan.learn_bits or plan.learn_activation_bits or any(o.get("learn_bits") for o in plan.overrides.values())
-    if learns or plan.freeze_oscillating:
+def _refuse_under_deepspeed(settings: QuantizationSettings) -> None:
+    learns = (
+        settings.learn_bits
+        or settings.learn_activation_bits
+        or any(o.get("learn_bits") for o in settings.overrides.values())
+    )
+    if learns or settings.freeze_oscillating:
         field = "learn_bits=False" if learns else "freeze_oscillating=False"
         raise CPQError(
             "DeepSpeed takes its step on flat partitions of the parameters, where learned bit-lengths get no gradient "
@@ -253,7 +257,7 @@ def _refuse_to_pack_shards(pack: bool, model: nn.Module) -> None:
 
 
 def _warn_about_decay(model: nn.Module, optimizer: Any) -> None:
-    ours = {id(p) for _, quantizer in contents.quantizers(model) for p in quantizer.parameters(recurse=False)}
+    ours = {id(p) for _, quantizer in inspection.quantizers(model) for p in quantizer.parameters(recurse=False)}
     decayed = any(
         group.get("weight_decay", 0) > 0 and any(id(parameter) in ours for parameter in group["params"])
         for group in optimizer.param_groups

@@ -16,8 +16,8 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.modelcard import TASK_MAPPING
 
 from ..errors import CPQError
+from ..model.summary import Summary, readable_size, summarize
 from ..private_apis import auto_class_name, take_last_word
-from ..summary import Summary, readable_size, summarize
 from ..version import __version__, how_to_install
 from .config import CPQConfig
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from ..errors import CPQError
-from ..kernels.crc import crc32
 from ..nn.packed import packed_tensors
-from ..spec import LayerSpec
+from ..tensor.kernels.crc import crc32
+from ..tensor.spec import LayerSpec
 from ..version import how_to_install
 from .config import QUANT_METHOD, CPQConfig
 

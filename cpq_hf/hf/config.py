@@ -15,8 +15,8 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CPQError
-from ..plan import QuantizationPlan, suggest
-from ..spec import LayerSpec
+from ..model.settings import QuantizationSettings, suggest
+from ..tensor.spec import LayerSpec
 
 QUANT_METHOD = "cpq"
 FORMAT_VERSION = 1
@@ -25,7 +25,7 @@ _STORED = ("format_version", *_STORED_TYPES)
 
 
 @dataclass(repr=False)
-class CPQConfig(QuantizationPlan, QuantizationConfigMixin):
+class CPQConfig(QuantizationSettings, QuantizationConfigMixin):
     """Settings of Cluster-Promoting Quantization, for `from_pretrained(..., quantization_config=CPQConfig(...))`.
 
     Args:

@@ -8,8 +8,8 @@ from typing import TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import surgery
 from ..errors import CPQError
+from ..model import conversion
 from .config import CPQConfig
 from .quantizer import attach
 
@@ -47,7 +47,9 @@ def prepare_model(model: M, config: CPQConfig) -> M:
     if not isinstance(config, CPQConfig):
         raise CPQError(f"`config` must be a CPQConfig, got {type(config).__name__}")
     config = copy.deepcopy(config)  # what the user does to theirs later changes no model
-    config.note_layers(surgery.prepare(model, config))  # one object: `model.cpq_plan` and `model.config` both hold it
+    config.note_layers(
+        conversion.prepare(model, config)
+    )  # one object: `model.cpq_settings` and `model.config` both hold it
     if isinstance(model, PreTrainedModel):
         attach(model, config)
     return model
@@ -85,7 +87,7 @@ def pack_model(model: M) -> M:
 
     ```
     """
-    layers = surgery.pack(model)
+    layers = conversion.pack(model)
     if isinstance(model, PreTrainedModel):
         attach(model, model.config.quantization_config.resolved(layers, packed=True))
     return model

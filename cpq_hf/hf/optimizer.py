@@ -8,8 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 
-from .. import contents
 from ..errors import CPQError
+from ..model import inspection
 
 
 class CPQOptimizer:
@@ -43,8 +43,8 @@ class CPQOptimizer:
         rate = args.learning_rate if quantizer_lr is None else quantizer_lr
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or rate < 0:
             raise CPQError(f"`quantizer_lr` must be a number >= 0, got {rate!r}")
-        contents.plan_of(model)
-        ours = contents.quantizer_parameter_names(model)
+        inspection.settings_of(model)
+        ours = inspection.quantizer_parameter_names(model)
         decayed = set(Trainer.get_decay_parameter_names(None, model)) - ours  # type: ignore[arg-type]
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         groups: list[dict[str, Any]] = [

@@ -19,8 +19,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
-from .. import contents, surgery
 from ..errors import CPQError
+from ..model import conversion, inspection
+from ..model.selection import candidates, select, tied_groups
 from ..private_apis import (
     expect_missing,
     mark_quantized,
@@ -29,8 +30,7 @@ from ..private_apis import (
     stop_expecting,
     was_loaded,
 )
-from ..selection import candidates, select, tied_groups
-from ..spec import LayerSpec
+from ..tensor.spec import LayerSpec
 from .card import repository
 from .checkpoint import INDEX, STEM, checksum, names_packed_weights, verify_config, verify_files, weight_files
 from .config import QUANT_METHOD, CPQConfig
@@ -79,7 +79,7 @@ class CPQHfQuantizer(HfQuantizer):
             del model.config.transformers_weights  # the name has served; the config may be used again
             config = _verified(checkpoint_files or [], config)
             layers = layers_in_model(model, config.layer_specs())
-            surgery.convert_to_packed(model, layers)
+            conversion.convert_to_packed(model, layers)
             _forget_ties(model, layers)
             self.quantization_config = config.resolved(layers, packed=True)
             return
@@ -91,7 +91,7 @@ class CPQHfQuantizer(HfQuantizer):
         self.fresh = config.layers is None
         self.quantization_config = config.resolved(layers)
         _note_base_model(model, self.quantization_config)
-        surgery.convert_to_training(model, layers, self.quantization_config)
+        conversion.convert_to_training(model, layers, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -100,10 +100,10 @@ class CPQHfQuantizer(HfQuantizer):
             return
         if self.fresh:
             stop_expecting(model, _QUANTIZER_KEYS)
-            surgery.initialize(model)
+            conversion.initialize(model)
         else:
             _check_all_loaded(model)
-        surgery.reset_schedule(model, config)
+        conversion.reset_schedule(model, config)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict]:
         """Called before config.json is written: the moment to note the checksums of what is about to be saved."""
@@ -123,7 +123,7 @@ class CPQHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """For `model.dequantize()`: a plain float model, its weights rounded to the grid."""
-        if surgery.dequantize(model):
+        if conversion.dequantize(model):
             logger.warning("activations of the dequantized model are not quantized any more, its outputs will differ")
         return model if dtype is None else nn.Module.to(model, dtype)
 
@@ -147,14 +147,14 @@ class CPQHfQuantizer(HfQuantizer):
 
 def attach(model: Any, config: CPQConfig) -> None:
     """Give a converted model what `from_pretrained` would have given it, so that it saves and loads alike."""
-    surgery.own_configs(model)
+    conversion.own_configs(model)
     _note_base_model(model, config)
     quantizer = CPQHfQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer
     model.config.quantization_config = config
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
-    for part in contents.transformers_models(model):
+    for part in inspection.transformers_models(model):
         mark_quantized(part.config)
     _save_as_given(model)
 
@@ -245,7 +245,7 @@ def _renamed(layers: dict[str, LayerSpec], rename: Callable[[str], str]) -> dict
 
 
 def _check_all_loaded(model: nn.Module) -> None:
-    names = contents.quantizer_parameter_names(model)
+    names = inspection.quantizer_parameter_names(model)
     absent = [name for name, parameter in model.named_parameters() if name in names and not was_loaded(parameter)]
     if absent:
         raise CPQError(

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CPQError
-from ..recompute import multiply, passed_on
+from ..tensor.recompute import multiply, passed_on
 from ..torch_private import OutProjection, has_one_projection
 from .packed import PackedLinear
-from .parameters import PackedParameterWeight, ParameterWeight, Refitted, grid_of
+from .parameter_weights import PackedParameterWeight, ParameterWeight, Refitted, grid_of
 from .training import CPQLinear
 
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")  # where key or value has another width than query

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..errors import CPQError
 from ..private_apis import experts_implementation, has_gate
-from ..recompute import kept_as_recipes
-from ..spec import LayerSpec
-from .parameters import PackedParameterWeight, ParameterWeight, Refitted, grid_of
+from ..tensor.recompute import kept_as_recipes
+from ..tensor.spec import LayerSpec
+from .parameter_weights import PackedParameterWeight, ParameterWeight, Refitted, grid_of
 
 INPUTS = ("gate_up_proj", "up_proj")
 OUTPUT = "down_proj"

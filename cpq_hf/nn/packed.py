@@ -6,7 +6,7 @@ A packed layer holds three buffers, those of compressed-tensors' `pack-quantized
 
 and `input_scale` float32 [1] where its input is quantized. Its output equals, bit for bit, what the layer that trained
 gives in evaluation: levels and scales are the same numbers, multiplied in the same float32. A layer that is told to be
-`fast` (inference.py) adds up in another order instead, and never holds a float weight.
+`fast` (fast_inference.py) adds up in another order instead, and never holds a float weight.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .. import grid
 from ..errors import CPQError
-from ..kernels.packed import dequantize, multiply
-from ..packing import pack, words_per_row
 from ..private_apis import mark_initialized
-from ..quantizer import from_grouped
-from ..spec import LayerSpec
+from ..tensor.fake_quantize import nearest_levels
+from ..tensor.kernels.packed import dequantize, multiply
+from ..tensor.packing import pack, words_per_row
+from ..tensor.quantizer import from_grouped
+from ..tensor.spec import LayerSpec
 from ..torch_private import has_unsaved_buffers
 from .training import FixedVocabulary, TrainingLayer, conv1d_forward, drop_quantizers, swap_class
 
@@ -39,7 +39,7 @@ class PackedLayer(nn.Module):
     weight_packed: Tensor
     weight_scale: Tensor
     input_scale: Tensor
-    fast: bool = False  # multiply straight from the words, which rounds in another order: see inference.py
+    fast: bool = False  # multiply straight from the words, which rounds in another order: see fast_inference.py
 
     @property
     def holder(self) -> PackedLayer:
@@ -60,7 +60,7 @@ class PackedLayer(nn.Module):
         activation = self.spec.activation
         if activation is None:
             return x
-        levels = grid.nearest_levels(x, self.input_scale, activation.grid)
+        levels = nearest_levels(x, self.input_scale, activation.grid)
         return levels.mul_(self.input_scale).to(x.dtype)
 
     @property

@@ -14,12 +14,12 @@ from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..activation_quantizer import ActivationQuantizer
 from ..errors import CPQError
 from ..private_apis import hook_of
-from ..quantizer import WeightQuantizer
-from ..recompute import dtype_of_product, multiply
-from ..spec import LayerSpec
+from ..tensor.activation_quantizer import ActivationQuantizer
+from ..tensor.quantizer import WeightQuantizer
+from ..tensor.recompute import dtype_of_product, multiply
+from ..tensor.spec import LayerSpec
 
 
 class TrainingLayer(nn.Module):
@@ -32,7 +32,9 @@ class TrainingLayer(nn.Module):
 
     def quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight on the grid, shape of `weight`, in `dtype` or its own."""
-        return self.weight_quantizer(self._parameters["weight"], dtype)  # `weight` may be shown on the grid: reads.py
+        return self.weight_quantizer(
+            self._parameters["weight"], dtype
+        )  # `weight` may be shown on the grid: weight_access.py
 
     def quantized_input(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The input on the grid, in `dtype` or its own, or as it is where activations are not quantized."""

@@ -25,8 +25,8 @@ from step_time import build
 from timing import paired, ratio
 
 from cpq_hf import CPQConfig, CPQController, calibrate_model, prepare_model
-from cpq_hf.kernels import cpu
-from cpq_hf.quantizer import WeightQuantizer
+from cpq_hf.tensor.kernels.fake_quantize import cpu
+from cpq_hf.tensor.quantizer import WeightQuantizer
 
 USUAL = {"layers": 4, "bits": 4, "batch": 8, "accumulation": 1}
 GROWTH = {"layers": [1, 2, 4, 8], "bits": [2, 3, 4, 6, 8], "batch": [1, 2, 4, 8, 16], "accumulation": [1, 2, 4, 8]}

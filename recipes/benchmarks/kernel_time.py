@@ -28,9 +28,9 @@ from lsq import LSQ
 from timing import paired, peak_during, ratio, resident
 from torch import Tensor
 
-from cpq_hf import kernels
-from cpq_hf.grid import fake_quantize
-from cpq_hf.spec import Grid
+from cpq_hf.tensor.fake_quantize import fake_quantize
+from cpq_hf.tensor.kernels import fake_quantize as kernels
+from cpq_hf.tensor.spec import Grid
 
 COLUMNS = 1024
 GRANULARITIES = ("tensor", "channel", "group")  # groups of 128
@@ -155,7 +155,7 @@ def main() -> None:
     gpu = "" if args.device == "cpu" else f"{torch.cuda.get_device_name(args.device)}, "
     print(
         f"torch {torch.__version__}, {gpu}{platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()} "
-        f"cores, float32, {args.rounds} rounds, CPQ kernel: {kernels.name(torch.device(args.device).type)}\n\n"
+        f"cores, float32, {args.rounds} rounds, CPQ kernel: {kernels.kernel_name(torch.device(args.device).type)}\n\n"
         "| 2^20 elements | step a | bits | quantizer | ms | of a copy | of LSQ | of the first width |\n"
         "|---|---|---|---|---|---|---|---|"
     )

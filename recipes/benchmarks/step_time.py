@@ -43,7 +43,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from cpq_hf import CPQController, kernels
+from cpq_hf import CPQController
+from cpq_hf.tensor.kernels import fake_quantize as kernels
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # row -> method of methods.py, options
     "float": ("float", {}),
@@ -166,7 +167,7 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()} {gpu}, "
         f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {args.rounds} rounds, CPQ kernel: "
-        f"{kernels.name(torch.device(args.device).type)}"
+        f"{kernels.kernel_name(torch.device(args.device).type)}"
     )
     torch._dynamo.config.recompile_limit = 1000  # the models of all methods share their code
     weigh = not args.no_memory and (args.device != "cpu" or Path("/proc/self/clear_refs").exists())

@@ -1,0 +1,1 @@
+"""Export to compressed-tensors, which plain transformers and vLLM load."""

@@ -1,0 +1,1 @@
+"""What runs while a model trains: schedules, learned bit-widths, freezing, distillation."""

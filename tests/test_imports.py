@@ -1,13 +1,17 @@
-"""The house: a folder imports only from the folders before it."""
+"""The house: folders import in one direction, and docs/walkthrough.md lists the files in that order."""
 
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
+
+import pytest
 
 import cpq_hf
 
 PACKAGE = Path(cpq_hf.__file__).parent
+WALKTHROUGH = Path(__file__).parents[1] / "docs" / "walkthrough.md"
 FOLDERS = ["", "tensor", "nn", "model", "training", "hf", "export", "cli"]  # "" is the top: errors, distributed
 LAST = {"__init__.py"}  # of the package: names everything
 
@@ -46,6 +50,25 @@ def test_a_folder_imports_only_from_those_before_it():
         for other in imported_files(file):
             assert FOLDERS.index(folder(other)) <= FOLDERS.index(folder(file)), f"{file} imports from {other}"
             assert str(other) not in LAST, f"{file} imports from {other}"
+
+
+def listed() -> list[Path]:
+    """Return the files of the table, in its order."""
+    rows = re.findall(r"^\| (`.*?`) \|", WALKTHROUGH.read_text(encoding="utf-8"), re.MULTILINE)
+    return [Path(name) for row in rows for name in re.findall(r"`([^`]+)`", row)]
+
+
+def test_the_walkthrough_lists_every_file_once():
+    with_code = {file for file in files() if len(ast.parse((PACKAGE / file).read_text(encoding="utf-8")).body) > 1}
+    sources = {file.relative_to(PACKAGE) for kind in ("*.c", "*.h") for file in PACKAGE.rglob(kind)}
+    assert sorted(listed()) == sorted(with_code | sources)
+
+
+@pytest.mark.parametrize("file", [file for file in listed() if file.suffix == ".py"], ids=str)
+def test_a_file_imports_only_from_files_above_it_in_the_walkthrough(file):
+    order = listed()
+    for other in imported_files(file) & set(order):
+        assert order.index(other) < order.index(file), f"{file} imports from {other}, which comes after it"
 
 
 def test_only_files_of_the_model_folder_walk_models():

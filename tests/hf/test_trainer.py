@@ -88,7 +88,7 @@ def test_schedule_moves_once_per_optimizer_step(accumulation, tmp_path):
 
 
 def test_a_reporter_sees_the_metrics_if_the_callback_goes_before_it(tmp_path):
-    """As the README says; a reporter is a callback that comes before those of the user."""
+    """As docs/coverage.md says; a reporter is a callback that comes before those of the user."""
 
     class Reporter(TrainerCallback):
         seen: ClassVar[list] = []

@@ -40,8 +40,9 @@ With `C = cosh((v - m)/s)`, `c = cosh(o/s)`, `u = c/(C + c)`, the two boundaries
 so that one `cosh` an element serves all boundaries and nothing overflows for s >= 0.02.
 
 **Memory.** O(1) per element whatever the bit-width: backward keeps `x` (the parameter itself) and, under DropBits, one
-seed, from which it draws the bit-width of every element a second time; scratch tensors are reused in place. Arithmetic
-is float32 (float64 for float64 input); the output has the dtype of the input, or the one it will be multiplied in.
+byte per element, or a seed alone where the kernels draw a second time (kernels/fake_quantize/gpu.py). Scratch tensors
+are reused in place. Arithmetic is float32 (float64 for float64 input); the output has the dtype of the input, or the
+one it will be multiplied in.
 
 Shapes: `x` is anything, `alpha` broadcasts against it (`[out, groups, 1]` against `[out, groups, group_size]`),
 `noise` is `[1]`.
@@ -57,6 +58,7 @@ from torch import Tensor
 
 from ..distributed import process_rank
 from .kernels.fake_quantize import BACKENDS, cpu
+from .kernels.fake_quantize.dropped import Dropped
 from .spec import CENTERED_BITS, RAREST, Grid
 
 MIN_NOISE, MAX_NOISE = 0.02, 0.5
@@ -113,8 +115,8 @@ def quantize_again(node: Any) -> Tensor:
     Args:
         node (`torch.autograd.graph.Node`): The `grad_fn` of that output, of a graph that backward has not freed.
     """
-    x, alpha, _, keep_prob, seed = node.saved_tensors
-    return _quantize(x, alpha, keep_prob, seed, node.grid, node.dtype, node.fused)
+    x, alpha, _, *drawn = node.saved_tensors
+    return _quantize(x, alpha, _dropped(*drawn), node.grid, node.dtype, node.fused)
 
 
 def nearest_levels(x: Tensor, alpha: Tensor, grid: Grid) -> Tensor:
@@ -189,29 +191,31 @@ class _FakeQuantize(torch.autograd.Function):
     # `ctx` has no usable type: torch declares `forward` with any arguments, and a typed override does not fit that
     @staticmethod
     def forward(ctx, x, alpha, noise, keep_prob, seed, grid, alpha_gradient_scale, dtype):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, alpha, noise, keep_prob, seed)
-        ctx.grid, ctx.alpha_gradient_scale = grid, alpha_gradient_scale
         # Forward and backward must draw alike, so both use the kernels or neither does. Kernels have no gradient of
         # the noise, and read these two as float32.
-        ctx.fused = not ctx.needs_input_grad[2] and all(
+        fused = not ctx.needs_input_grad[2] and all(
             tensor is None or tensor.dtype == torch.float32 for tensor in (noise, keep_prob)
         )
-        ctx.dtype = dtype
-        return _quantize(x, alpha, keep_prob, seed, grid, dtype, ctx.fused)
+        drawn_here = keep_prob is not None and not (fused and _backend(x).draws(x, alpha))
+        max_level = draw_max_level(x, keep_prob, seed, grid) if drawn_here else None
+        ctx.save_for_backward(x, alpha, noise, keep_prob, seed, max_level)
+        ctx.grid, ctx.alpha_gradient_scale, ctx.dtype, ctx.fused = grid, alpha_gradient_scale, dtype, fused
+        return _quantize(x, alpha, _dropped(keep_prob, seed, max_level), grid, dtype, fused)
 
     @staticmethod
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
-        x, alpha, noise, keep_prob, seed = ctx.saved_tensors
+        x, alpha, noise, keep_prob, seed, max_level = ctx.saved_tensors
+        dropped = _dropped(keep_prob, seed, max_level)
         grid, alpha_scale = ctx.grid, ctx.alpha_gradient_scale
         needs_x, needs_alpha, needs_noise, needs_keep, *_ = ctx.needs_input_grad
         rest = (None,) * 4  # what follows `keep_prob` has no gradient
         if ctx.fused:
-            found = _backend(x).gradients(x, alpha, grid, keep_prob, seed, noise, grad_output, alpha_scale, needs_keep)
+            found = _backend(x).gradients(x, alpha, grid, dropped, noise, grad_output, alpha_scale, needs_keep)
             if found is not None:
                 grad_x, grad_alpha, grad_keep = found
                 return grad_x, grad_alpha, None, grad_keep, *rest
         grad_x = grad_alpha = grad_noise = grad_keep = None
-        lo, hi, ratio, offset = _element_grids(x, alpha, grid, keep_prob, seed)
+        lo, hi, ratio, offset = _element_grids(alpha, grid, dropped)
         if needs_keep:
             grad_keep = _keep_gradient(x, alpha, grid, keep_prob, hi, grad_output)
         v = _shift(_position(x, alpha * ratio), -offset).clamp_(lo - _BEYOND, hi + _BEYOND)
@@ -232,18 +236,16 @@ class _FakeQuantize(torch.autograd.Function):
         return grad_x, grad_alpha, grad_noise, grad_keep, *rest
 
 
+def _dropped(keep_prob: Tensor | None, seed: Tensor | None, max_level: Tensor | None) -> Dropped | None:
+    return None if keep_prob is None or seed is None else Dropped(keep_prob, seed, max_level)
+
+
 def _quantize(
-    x: Tensor,
-    alpha: Tensor,
-    keep_prob: Tensor | None,
-    seed: Tensor | None,
-    grid: Grid,
-    dtype: torch.dtype,
-    fused: bool,
+    x: Tensor, alpha: Tensor, dropped: Dropped | None, grid: Grid, dtype: torch.dtype, fused: bool
 ) -> Tensor:
-    if fused and (quantized := _backend(x).quantize(x, alpha, grid, keep_prob, seed, dtype)) is not None:
+    if fused and (quantized := _backend(x).quantize(x, alpha, grid, dropped, dtype)) is not None:
         return quantized
-    lo, hi, ratio, offset = _element_grids(x, alpha, grid, keep_prob, seed)
+    lo, hi, ratio, offset = _element_grids(alpha, grid, dropped)
     own_alpha = alpha * ratio
     levels = _shift(_position(x, own_alpha), -offset).round_().clamp_(lo, hi)
     return _shift(levels, offset).mul_(own_alpha).to(dtype)
@@ -262,16 +264,15 @@ def _shift(v: Tensor, offset: Any) -> Tensor:
     return v.add_(offset) if isinstance(offset, Tensor) or offset else v
 
 
-def _element_grids(
-    x: Tensor, alpha: Tensor, grid: Grid, keep_prob: Tensor | None, seed: Tensor | None
-) -> tuple[Any, Any, Any, Any]:
+def _element_grids(alpha: Tensor, grid: Grid, dropped: Dropped | None) -> tuple[Any, Any, Any, Any]:
     """Return `(lo, hi, steps of alpha in one step, offset)`.
 
     They are numbers without DropBits, and tensors of the shape of `x` with it, where each element has its own grid.
     """
-    if keep_prob is None or seed is None:
+    if dropped is None:
         return (*grid.bounds, 1.0, grid.offset)
-    hi = draw_max_level(x, keep_prob, seed, grid).to(alpha.dtype)
+    assert dropped.max_level is not None
+    hi = dropped.max_level.to(alpha.dtype)
     lo = -1 - hi if grid.signed else torch.zeros_like(hi)
     centered_up_to = grid.of_width(CENTERED_BITS).bounds[1]
     offset = (hi <= centered_up_to).to(alpha.dtype).mul_(0.5) if grid.centered else 0.0

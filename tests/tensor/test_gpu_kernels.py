@@ -16,6 +16,7 @@ from cpq_hf import CPQConfig, CPQController, prepare_model, summarize
 from cpq_hf.tensor import fake_quantize as grid
 from cpq_hf.tensor.kernels import fake_quantize as kernels
 from cpq_hf.tensor.kernels.fake_quantize import BACKENDS, gpu
+from cpq_hf.tensor.kernels.fake_quantize.dropped import Dropped
 from cpq_hf.tensor.kernels.layout import Layout
 from cpq_hf.tensor.spec import RAREST, Grid
 
@@ -95,7 +96,7 @@ def assert_close(ours, theirs, dtype, bits, g, alpha):
 def widths_drawn(x, alpha, keep, seed, bits, signed):
     """The bit-width of each element: what becomes of a value far above the grid is the last level of its own."""
     above = torch.full_like(x, torch.inf).detach()
-    top = gpu.quantize(above, torch.ones_like(alpha), Grid(bits, signed), keep, seed, x.dtype)
+    top = gpu.quantize(above, torch.ones_like(alpha), Grid(bits, signed), Dropped(keep, seed, None), x.dtype)
     ratio = Grid(bits, signed).bounds[1] + 1 - top.double()
     return bits - ratio.log2().round().long()
 
@@ -482,7 +483,7 @@ def test_the_summary_names_the_kernel(monkeypatch):
     gpu._kernels.cache_clear()
     assert summarize(model).to_dict()["kernel"] == "eager"
     x, alpha, _ = case("rows", torch.float32, 4)
-    assert gpu.quantize(x, alpha, Grid(4, True), None, None, x.dtype) is None
+    assert gpu.quantize(x, alpha, Grid(4, True), None, x.dtype) is None
     grid.fake_quantize(x, alpha, NOISE, Grid(4, True), keep_prob=torch.tensor([0.5], device=DEVICE)).sum().backward()
     assert kernels.kernel_name("meta") == "eager"
 

@@ -13,6 +13,7 @@ from cpq_hf.tensor import fake_quantize as grid
 from cpq_hf.tensor import step_size as fitting
 from cpq_hf.tensor.kernels import crc
 from cpq_hf.tensor.kernels.fake_quantize import cpu
+from cpq_hf.tensor.kernels.fake_quantize.dropped import Dropped
 from cpq_hf.tensor.kernels.layout import Layout, in_memory_order_of
 from cpq_hf.tensor.spec import Grid
 
@@ -73,7 +74,6 @@ def test_equal_to_torch_operations(layout, dtype, bits, signed, dropped, eager, 
     keep = torch.linspace(0.9, 0.5, bits - 2)
     drawn = grid.draw_max_level(x, keep, torch.tensor([5]), Grid(bits, signed))
     monkeypatch.setattr(grid, "draw_max_level", lambda *_: drawn)  # torch operations draw others from the same seed
-    monkeypatch.setattr(cpu, "draw_max_level", lambda *_: drawn)
     calls = []
     monkeypatch.setattr(cpu, "_layout", lambda *a, original=cpu._layout: calls.append(original(*a)) or calls[-1])
 
@@ -153,7 +153,9 @@ def test_gradient_of_keep_probabilities_equals_torch_operations(layout, dtype, s
     keep = torch.tensor([0.999, 0.7, 0.01])
     own = Grid(5, signed, signed)
     max_level = grid.draw_max_level(x, keep, torch.tensor([5]), own)
-    ours = cpu.keep_gradient(x, alpha, own, keep, max_level, in_memory_order_of(x, g, dtype))
+    ours = cpu.keep_gradient(
+        x, alpha, own, Dropped(keep, torch.tensor([5]), max_level), in_memory_order_of(x, g, dtype)
+    )
     theirs = eager(lambda: grid._keep_gradient(x, alpha, own, keep, max_level, g))
     terms = 25 * (g.float() * alpha).norm() * 16  # the sums cancel: relative to the size of what they add up
     assert ours is not None
@@ -164,7 +166,7 @@ def test_transposed_weights(eager):
     weight = torch.randn(96, 130, requires_grad=True)  # [in, out], as transformers' Conv1D has it
     alpha = (torch.rand(130, 1, 1) + 0.2).requires_grad_()
     g = torch.randn(130, 1, 96)
-    assert cpu._layout(weight.t()[:, None, :], alpha) == (96, 130, Layout.COLUMNS)
+    assert cpu._layout(weight.t()[:, None, :], alpha, None) == (96, 130, Layout.COLUMNS)
 
     def function():
         return grid.fake_quantize(weight.t()[:, None, :], alpha, NOISE, Grid(4, True))
@@ -250,7 +252,7 @@ def test_results_do_not_depend_on_the_number_of_threads(layout, monkeypatch):
     ids=["float64", "float16", "strided", "alpha per column", "empty"],
 )
 def test_what_the_kernels_leave_to_torch(x, alpha):
-    assert cpu.quantize(x, alpha, Grid(4, True), None, None, x.dtype) is None
+    assert cpu.quantize(x, alpha, Grid(4, True), None, x.dtype) is None
     assert grid.fake_quantize(x, alpha, NOISE.to(alpha.dtype), Grid(4, True)).shape == x.shape
 
 

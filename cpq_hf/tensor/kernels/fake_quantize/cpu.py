@@ -17,6 +17,7 @@ from torch import Tensor
 from ...spec import MIN_BITS, RAREST, Grid
 from ..compiler import load_library
 from ..layout import Layout, find_layout, in_memory_order_of
+from .dropped import Dropped
 
 SOURCE = Path(__file__).with_name("fake_quantize.c")
 _FLAGS = ("-O3", "-ffp-contract=off")
@@ -29,14 +30,17 @@ _TYPES = {  # of `x`, and of what is made of it and its gradient; fake_quantize.
 _ELEMENTS_PER_THREAD = 1 << 14  # below that, waking another thread costs more than it saves
 
 
-def quantize(
-    x: Tensor, alpha: Tensor, grid: Grid, keep_prob: Tensor | None, seed: Tensor | None, dtype: torch.dtype
-) -> Tensor | None:
+def draws(x: Tensor, alpha: Tensor) -> bool:
+    """Return whether the kernels draw bit-widths: no, they read `max_level`."""
+    return False
+
+
+def quantize(x: Tensor, alpha: Tensor, grid: Grid, dropped: Dropped | None, dtype: torch.dtype) -> Tensor | None:
     """Round `x` to the grid in `dtype`; None if it cannot be done here."""
-    if (layout := _layout(x, alpha)) is None or (library := load()) is None:
+    max_level = None if dropped is None else dropped.max_level
+    if (layout := _layout(x, alpha, max_level)) is None or (library := load()) is None:
         return None
     out = torch.empty_like(x, dtype=dtype if (x.dtype, dtype) in _TYPES else x.dtype)
-    max_level = _max_level(x, grid, keep_prob, seed)
     library.cpq_forward(
         x.data_ptr(), alpha.data_ptr(), _pointer(max_level), out.data_ptr(),
         *layout, *grid.bounds, grid.max_centered_level, _TYPES[x.dtype, out.dtype], _threads(x),
@@ -48,8 +52,7 @@ def gradients(
     x: Tensor,
     alpha: Tensor,
     grid: Grid,
-    keep_prob: Tensor | None,
-    seed: Tensor | None,
+    dropped: Dropped | None,
     noise: Tensor,
     g: Tensor,
     alpha_scale: float,
@@ -59,17 +62,14 @@ def gradients(
 
     None if it cannot be done here.
     """
-    if (layout := _layout(x, alpha)) is None or (library := load()) is None:
+    max_level = None if dropped is None else dropped.max_level
+    if (layout := _layout(x, alpha, max_level)) is None or (library := load()) is None:
         return None
-    max_level = _max_level(x, grid, keep_prob, seed)
     g = _like(x, g)
     grad_keep = None
-    if of_keep:
-        assert keep_prob is not None
-        assert max_level is not None
-        if (grad_keep := keep_gradient(x, alpha, grid, keep_prob, max_level, g)) is None:
-            return None
-    narrow = grid.bits - (0 if keep_prob is None else keep_prob.numel()) == MIN_BITS
+    if dropped is not None and of_keep and (grad_keep := keep_gradient(x, alpha, grid, dropped, g)) is None:
+        return None
+    narrow = grid.bits - (0 if dropped is None else dropped.keep_prob.numel()) == MIN_BITS
     grad_x, grad_alpha = torch.empty_like(x), torch.empty_like(alpha)
     failed = library.cpq_backward(
         x.data_ptr(), alpha.data_ptr(), _pointer(max_level), noise.data_ptr(), g.data_ptr(), grad_x.data_ptr(),
@@ -100,13 +100,12 @@ def draw_max_level(x: Tensor, keep_prob: Tensor, seed: Tensor, grid: Grid) -> Te
     return drawn.as_strided(x.shape, x.stride()) if reach == x.numel() else drawn.view(x.shape)
 
 
-def keep_gradient(
-    x: Tensor, alpha: Tensor, grid: Grid, keep_prob: Tensor, max_level: Tensor, g: Tensor
-) -> Tensor | None:
+def keep_gradient(x: Tensor, alpha: Tensor, grid: Grid, dropped: Dropped, g: Tensor) -> Tensor | None:
     """Return the gradient of the probabilities that bits are kept, shape of `keep_prob`; None if it cannot be done."""
-    if (layout := _layout(x, alpha)) is None or (library := load()) is None:
+    max_level = dropped.max_level
+    if max_level is None or (layout := _layout(x, alpha, max_level)) is None or (library := load()) is None:
         return None
-    gradient, keep_prob = torch.empty(keep_prob.numel()), keep_prob.detach().contiguous()
+    gradient, keep_prob = torch.empty(dropped.keep_prob.numel()), dropped.keep_prob.detach().contiguous()
     failed = library.cpq_keep_gradient(
         x.data_ptr(), alpha.data_ptr(), max_level.data_ptr(), g.data_ptr(), keep_prob.data_ptr(), gradient.data_ptr(),
         *layout, *grid.bounds, grid.max_centered_level, keep_prob.numel(), RAREST, _TYPES[x.dtype, g.dtype],
@@ -120,7 +119,7 @@ def try_steps(x: Tensor, alpha: Tensor, grid: Grid) -> tuple[Tensor, Tensor] | N
 
     None if it cannot be done here.
     """
-    if _layout(x, alpha[:, :1].contiguous()) is None or x.dtype != torch.float32 or (library := load()) is None:
+    if _layout(x, alpha[:, :1].contiguous(), None) is None or x.dtype != torch.float32 or (library := load()) is None:
         return None
     error, refit = torch.empty(alpha.shape, dtype=torch.float64), torch.empty(alpha.shape, dtype=torch.float64)
     alpha = alpha.contiguous()
@@ -152,15 +151,12 @@ def load() -> ctypes.CDLL | None:
     return library
 
 
-def _layout(x: Tensor, alpha: Tensor) -> tuple[int, int, Layout] | None:
+def _layout(x: Tensor, alpha: Tensor, max_level: Tensor | None) -> tuple[int, int, Layout] | None:
     """Return `(rows, columns, layout)` of the memory of `x` as fake_quantize.c sees it; None where it cannot run."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
+    drawn_apart = max_level is not None and max_level.stride() != x.stride()
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or drawn_apart:
         return None
     return find_layout(x, alpha, _DTYPES)
-
-
-def _max_level(x: Tensor, grid: Grid, keep_prob: Tensor | None, seed: Tensor | None) -> Tensor | None:
-    return None if keep_prob is None or seed is None else draw_max_level(x, keep_prob, seed, grid)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...spec import MIN_BITS, RAREST, Grid
 from ..launch import load_kernels, on
 from ..layout import Layout, find_layout, in_memory_order_of
+from .dropped import Dropped
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TILE = 1024  # elements, by 4 warps: 8 a thread, which are whole 16-byte accesses in 2-byte dtypes
@@ -25,12 +26,16 @@ _MOST_PIECES = 8  # tiles a program: those that one random number serves
 _ENOUGH_PROGRAMS = 512  # a tensor too small for that many takes fewer tiles a program
 
 
-def quantize(
-    x: Tensor, alpha: Tensor, grid: Grid, keep_prob: Tensor | None, seed: Tensor | None, dtype: torch.dtype
-) -> Tensor | None:
+def draws(x: Tensor, alpha: Tensor) -> bool:
+    """Return whether the kernels run on `x`, and so draw each element's bit-width from the seed."""
+    return find_layout(x, alpha, _DTYPES) is not None and _available()
+
+
+def quantize(x: Tensor, alpha: Tensor, grid: Grid, dropped: Dropped | None, dtype: torch.dtype) -> Tensor | None:
     """Round `x` to the grid in `dtype`; None if it cannot be done here."""
-    if not _can(x, alpha):
+    if not draws(x, alpha):
         return None
+    keep_prob, seed = (None, None) if dropped is None else dropped[:2]
     made = dtype if dtype in _DTYPES else x.dtype
     if torch.compiler.is_compiling():
         quantized: Tensor = torch.ops.cpq_hf.quantize(x, alpha, keep_prob, seed, *grid, made)
@@ -43,8 +48,7 @@ def gradients(
     x: Tensor,
     alpha: Tensor,
     grid: Grid,
-    keep_prob: Tensor | None,
-    seed: Tensor | None,
+    dropped: Dropped | None,
     noise: Tensor,
     g: Tensor,
     alpha_scale: float,
@@ -54,8 +58,9 @@ def gradients(
 
     None if it cannot be done here.
     """
-    if not _can(x, alpha):
+    if not draws(x, alpha):
         return None
+    keep_prob, seed = (None, None) if dropped is None else dropped[:2]
     if torch.compiler.is_compiling():
         found = torch.ops.cpq_hf.gradients(x, alpha, keep_prob, seed, noise, g, *grid, alpha_scale, of_keep)
     else:
@@ -67,10 +72,6 @@ def gradients(
 def name() -> str:
     """`"triton"` if quantizers on a GPU run on `triton_kernels.py` in this process, else `"eager"`."""
     return "triton" if _available() else "eager"
-
-
-def _can(x: Tensor, alpha: Tensor) -> bool:
-    return find_layout(x, alpha, _DTYPES) is not None and _available()
 
 
 @torch.compiler.assume_constant_result

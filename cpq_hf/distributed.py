@@ -1,6 +1,6 @@
-"""Several processes: which one this is, and the parameters that FSDP2 spreads over them (DTensors) as whole tensors.
+"""Work in several processes: their ranks, and the parameters that FSDP2 shards over them (DTensors).
 
-To read a whole one every process has to take part.
+Every process has to take part to read a full one.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ except ImportError:  # a build of torch without distributed
 
 
 def process_rank() -> int:
-    """The number of this process among those that train together; 0 if it is alone."""
+    """Return the rank of this process; 0 if it is alone."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is spread over processes. (Type checkers cannot follow it, hence what is silenced below.)"""
+    """Return whether a tensor is sharded over processes."""  # type checkers cannot follow it: see below
     return DTensor is not None and isinstance(tensor, DTensor)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor, on every process."""
+    """Return the full tensor, on every process."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies in this process."""
+    """Return the part of a tensor that lies in this process."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
 def copy_full_tensors(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
-    """Copy whole tensors, the same on every process, into parameters."""
+    """Copy full tensors, the same on every process, into parameters."""
     for parameter, value in zip(parameters, values, strict=True):
         if is_sharded(parameter):
             mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]

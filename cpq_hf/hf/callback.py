@@ -32,12 +32,12 @@ class CPQCallback(TrainerCallback, ExportableState):
     """Runs CPQ in a `Trainer`: noise and DropBits follow the progress of training, metrics go to the log.
 
     Logged with the Trainer's own metrics: `cpq/noise` (in grid steps), `cpq/drop_rate`, `cpq/mean_bits` and
-    `cpq/cluster_distance` (in grid steps; 0.25 means evenly spread); with learned bit-lengths `cpq/expected_bits` and
+    `cpq/cluster_distance` (in grid steps; 0.25 means evenly spread); with learned bit-widths `cpq/expected_bits` and
     the multiplier of the budget, `cpq/multiplier`, too (with `activation_` before for those of activations).
-    Lengths that are not decided when training ends are decided then. Checkpoints whose saving was cut off are set
+    Widths that are not fixed when training ends are fixed then. Checkpoints whose saving was cut off are set
     aside when the Trainer is made, so that it resumes from the last whole one; a model with NaN is not saved.
 
-    A packed model pushed at the end, or by `trainer.push_to_hub()`, goes with a page that tells how it was made.
+    A packed model pushed at the end, or by `trainer.push_to_hub()`, goes with a model card that tells how it was made.
 
     Args:
         config (`CPQConfig`, *optional*): Given, it prepares the Trainer's float model when the Trainer is made. Leave
@@ -164,7 +164,7 @@ class CPQCallback(TrainerCallback, ExportableState):
             announce_push(kwargs["model"], Path(str(args.output_dir)), place)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint of the Trainer keeps of this callback; a token stays out of files."""
+        """Return what a checkpoint of the Trainer keeps of this callback; a token stays out of files."""
         push = self.push
         if isinstance(push, dict):
             push = {name: value for name, value in push.items() if name != "token"}
@@ -242,7 +242,7 @@ def _refuse_under_deepspeed(settings: QuantizationSettings) -> None:
     if learns or settings.freeze_oscillating:
         field = "learn_bits=False" if learns else "freeze_oscillating=False"
         raise CPQError(
-            "DeepSpeed takes its step on flat partitions of the parameters, where learned bit-lengths get no gradient "
+            "DeepSpeed takes its step on flat partitions of the parameters, where learned bit-widths get no gradient "
             f"and oscillating weights cannot be told: set `{field}`, or train with FSDP "
             "(recipes/accelerate/fsdp2.yaml)"
         )

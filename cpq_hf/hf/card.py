@@ -1,4 +1,4 @@
-"""The page of a packed model on the Hub: what it is, how it was made, how it is loaded."""
+"""Write the model card of a packed model: what it is, how it was made, how it is loaded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _NO_HUB_DATA = ("csv", "json", "pandas", "parquet", "text", "generator")  # buil
 
 @dataclass
 class Training:
-    """What is known of a training run.
+    """Facts of a training run.
 
     Args:
         settings (`dict`): Name and value of what was trained with.
@@ -46,18 +46,18 @@ class Training:
 
 
 def note_training(model: Any, training: Training) -> None:
-    """Let a model in hand know how it was trained, for its page. It is not saved elsewhere."""
+    """Note on a model how it was trained, for its model card. It is not saved elsewhere."""
     vars(model)["cpq_training"] = training
 
 
 def noted_training(model: Any) -> Training:
-    """What [`note_training`] was given, or nothing."""
+    """Return what [`note_training`] was given, or nothing."""
     training: Training = vars(model).get("cpq_training", Training())
     return training
 
 
 def training_of(args: Any, state: Any, metrics: Mapping[str, Any] | None, dataset: Any) -> Training:
-    """What a `Trainer` knows of its run, from its arguments, its state and the data set of an evaluation."""
+    """Return what a `Trainer` knows of its run, from its arguments, its state and the data set of an evaluation."""
     processes, accumulated = args.world_size, args.gradient_accumulation_steps
     settings = {
         "steps": state.global_step,
@@ -78,18 +78,18 @@ def training_of(args: Any, state: Any, metrics: Mapping[str, Any] | None, datase
 
 
 def write_card(model: Any, folder: Path, place: str = HERE, known: ModelCardData | None = None) -> None:
-    """Write the page of a packed model, and its picture where matplotlib is installed.
+    """Write the model card of a packed model, and its picture where matplotlib is installed.
 
     Args:
         model (`PreTrainedModel`): A packed model.
         folder (`Path`): Where to.
-        place (`str`): Where the page says that the model is loaded from.
+        place (`str`): Where the card says that the model is loaded from.
         known (`ModelCardData`, *optional*): What else is known of it.
     """
     report = summarize(model)
     try:
         report.plot(folder / PICTURE)
-    except CPQError:  # a page without picture is better than no page
+    except CPQError:  # a card without picture is better than no card
         (folder / PICTURE).unlink(missing_ok=True)
     data = card_data(model, noted_training(model), known or ModelCardData())
     body = _body(model, report, data.base_model, place, picture=(folder / PICTURE).exists())
@@ -209,7 +209,7 @@ def repository(name: str) -> str | None:
 
 
 def is_users(card: Path) -> bool:
-    """Whether a page is there that neither this package nor a `Trainer` wrote by itself."""
+    """Return whether a card is there that neither this package nor a `Trainer` wrote."""
     if not card.is_file():
         return False
     text = card.read_text(encoding="utf-8", errors="replace")

@@ -35,7 +35,7 @@ def push_to_hub(
         model (`PreTrainedModel`): A packed model.
         repo_id (`str`): The repository, made if it is not there.
         max_shard_size (`int` or `str`, *optional*): As for `save_pretrained`.
-        tags (`list[str]`, *optional*): Tags of the page.
+        tags (`list[str]`, *optional*): Tags of the model card.
         kwargs: Those of [`push_folder`].
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
@@ -61,7 +61,7 @@ def push_folder(
     commit_description: str | None = None,
     verified: bool = False,
 ) -> CommitInfo:
-    """Push the folder of a packed checkpoint in one commit. A page that somebody wrote on the Hub stays.
+    """Push the folder of a packed checkpoint in one commit. A model card that somebody wrote on the Hub stays.
 
     Args:
         folder (`str` or `PathLike`): A packed checkpoint. Checkpoints of a Trainer inside of it stay where they are.
@@ -108,7 +108,7 @@ def push_folder(
 
 
 def _operations(api: HfApi, folder: Path, repo_id: str, revision: str | None) -> list[Any]:
-    """Add the files of a folder, except our page where somebody wrote one; delete weights of an earlier push."""
+    """Add the files of a folder, but no card where somebody wrote one; delete weights of an earlier push."""
     files = {str(file.relative_to(folder).as_posix()): file for file in sorted(folder.rglob("*")) if file.is_file()}
     there = api.list_repo_files(repo_id, revision=revision)
     if CARD in there and not is_users(folder / CARD):

@@ -21,8 +21,8 @@ def save_packed(model: Any, save_directory: str | os.PathLike[str], push_to_hub:
     """`save_pretrained` of a packed model.
 
     Everything is written to a temporary folder inside of `save_directory`, verified, and moved from there, so that a
-    save that fails leaves what was there before. Weights of an earlier save are then removed; a page that somebody
-    wrote is left alone.
+    save that fails leaves what was there before. Weights of an earlier save are then removed; a model card that
+    somebody wrote is left alone.
 
     Args:
         model (`PreTrainedModel`): A packed model.

@@ -1,4 +1,4 @@
-"""What a run that was cut off leaves behind, and what must not get into a checkpoint."""
+"""Handle checkpoints that a run left unfinished, and keep NaN out of new ones."""
 
 from __future__ import annotations
 

@@ -196,8 +196,8 @@ def _holders_first(layers: Mapping[str, LayerSpec]) -> list[tuple[str, LayerSpec
 def calibrate_model(model: M, batches: Iterable[Mapping[str, Any] | Tensor]) -> M:
     """Fit the step size and the sign of every quantized activation to data.
 
-    Training does this by itself on its first batch; call it to use more data, or to evaluate or pack a model that is
-    not trained. Batches run in evaluation mode without gradients; the model's mode is left as it was. In a distributed
+    Training does this on its first batch. Call it to use more data, or to evaluate or pack a model that is not
+    trained. Batches run in evaluation mode without gradients; the model's mode is left as it was. In a distributed
     run every process calls it, and all end up with the same grid.
 
     Args:
@@ -266,8 +266,8 @@ def pack(model: nn.Module) -> dict[str, LayerSpec]:
         check_finite(f"{name}.weight_quantizer", layer.weight_quantizer.log_alpha)
         if any(item is not None and item.learning for item in (layer.weight_quantizer, layer.input_quantizer)):
             raise CPQError(
-                f"the bit-lengths of `{name}` are still being learned: `CPQController.finish()` decides them under "
-                "the target (CPQCallback does so when training ends)"
+                f"the bit-widths of `{name}` are still being learned: call `CPQController.finish()` before packing, "
+                "which fixes them under the target (CPQCallback does so when training ends)"
             )
         if layer.input_quantizer is not None:
             check_finite(f"{name}.input_quantizer", layer.input_quantizer.log_alpha)

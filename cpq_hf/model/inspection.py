@@ -1,4 +1,4 @@
-"""What is in a model: its layers, its quantizers, their names. Looks only; conversion.py changes."""
+"""Look at a model: its layers, its quantizers, their names. Changes nothing; conversion.py does."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def quantized_parameter_names(model: nn.Module) -> set[str]:
 
 
 def settings_of(model: nn.Module) -> QuantizationSettings:
-    """The plan a model was prepared with; `CPQError` if it was not."""
+    """Return the settings that a model was prepared with; `CPQError` if it was not."""
     return prepared_module(model).cpq_settings
 
 
 def prepared_module(model: nn.Module) -> Any:
     """The module that was prepared, inside of whatever wraps it; `CPQError` if there is none."""
-    for module in model.modules():  # a wrapper (DDP, a compiled module) comes first and does not carry the plan
+    for module in model.modules():  # a wrapper (DDP, a compiled module) comes first and carries no settings
         if "cpq_settings" in vars(module):
             return module
     if any(True for _ in packed_layers(model)):

@@ -51,7 +51,7 @@ class Candidate:
         return is_transposed(self.module) if self.kind is EXPERTS else self.kind.transposed
 
     def spec(self, settings: QuantizationSettings, name: str) -> LayerSpec:
-        """How the plan quantizes it under this name."""
+        """Return how the settings quantize it under this name."""
         stacked = self.kind is EXPERTS
         has_input = self.kind.has_float_input and self.called
         return settings.layer_spec(name, self.weight.shape, self.transposed, has_input, stacked)
@@ -103,7 +103,7 @@ def select(model: nn.Module, settings: QuantizationSettings) -> dict[str, LayerS
         before those that are tied to it.
 
     Raises:
-        CPQError: On a plan that breaks a rule, a pattern that matches nothing, a layer that cannot be quantized as
+        CPQError: On settings that break a rule, a pattern that matches nothing, a layer that cannot be quantized as
             asked, a model that is already prepared or packed, or nothing to quantize.
     """
     settings.check()
@@ -146,7 +146,7 @@ def select(model: nn.Module, settings: QuantizationSettings) -> dict[str, LayerS
 
 
 def _warn_of_uncovered(model: nn.Module, found: Mapping[str, Candidate], selected: Mapping[str, LayerSpec]) -> None:
-    """Say so where most of what multiplies is of types that are not covered, as are experts of a form of their own."""
+    """Warn where most of what multiplies is of types that are not covered, such as experts of another form."""
     covered = {id(candidate.weight) for candidate in found.values()}
     others: dict[str, int] = {}
     for name, module in model.named_modules():

@@ -94,9 +94,9 @@ class QuantizationSettings:
                 _check_tensor_fields(changes)
             except CPQError as error:
                 raise CPQError(f"in `overrides[{pattern!r}]`: {error}") from error
-        self._check_lengths()
+        self._check_widths()
 
-    def _check_lengths(self) -> None:
+    def _check_widths(self) -> None:
         if self.budget not in BUDGETS:
             raise CPQError(f"`budget` must be one of {', '.join(map(repr, BUDGETS))}, got {self.budget!r}")
         for learn, target, largest in (
@@ -114,14 +114,14 @@ class QuantizationSettings:
                     f"`{target}` (={wanted!r}) goes with `{learn}=True`: without it every layer has `{largest}` "
                     f"(={most}) bits. Set `{learn}=True`, or leave `{target}` out"
                 )
-            # a layer may have a larger width of its own, so only the lower end is certain here
+            # an override may give a layer a larger width, so only the lower end is certain here
             highest = max([most, *(changes.get(largest) or 0 for changes in self.overrides.values())])
             _check_number(target, wanted, self.min_bits, highest, f" (`min_bits` to the largest `{largest}`)")
 
     def layer_spec(
         self, name: str, shape: tuple[int, ...], transposed: bool, has_float_input: bool, stacked: bool = False
     ) -> LayerSpec:
-        """How the module `name` with a weight of this shape is quantized; later overrides win."""
+        """Return how the module `name` with a weight of this shape is quantized; later overrides win."""
         settings = {key: getattr(self, key) for key in OVERRIDABLE}
         for pattern, changes in self.overrides.items():
             if matches(pattern, name):
@@ -145,7 +145,7 @@ class QuantizationSettings:
         return LayerSpec(weight, ActivationSpec(bits, min_bits=self.min_bits if learned else None))
 
     def overridden(self, name: str) -> bool:
-        """Whether some override names this module."""
+        """Return whether some override names this module."""
         return any(matches(pattern, name) for pattern in self.overrides)
 
     @classmethod
@@ -154,7 +154,7 @@ class QuantizationSettings:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether `pattern` means the module `name`.
+    """Return whether `pattern` means the module `name`.
 
     With a wildcard (`*`, `?`, `[`) it is `fnmatch` on the whole dotted name. A plain name means the module itself, a
     module whose dotted name ends in it, and everything inside either, as in transformers.

@@ -27,7 +27,7 @@ PROJECTIONS = ("in_proj_weight", *SEPARATE)
 
 
 def is_covered(module: nn.Module) -> bool:
-    """Whether it is attention of torch whose weights can be quantized: no tokens of its own, no other forward."""
+    """Return whether it is torch's attention and can be quantized: no learned tokens, no other `forward`."""
     return (
         isinstance(module, nn.MultiheadAttention)
         and getattr(type(module), "float_class", type(module)).forward is nn.MultiheadAttention.forward
@@ -52,7 +52,7 @@ class AttentionWeight(ParameterWeight):
         return self.input_quantizer is not None
 
     def count_uses(self, inputs: tuple[Any, ...], output: Any) -> tuple[float, float]:
-        """As for any layer; of three projections in one weight, each third meets an input of its own."""
+        """As for any layer; of three projections in one weight, each third meets a different input."""
         if self.attribute in SEPARATE:
             inputs = (inputs[SEPARATE.index(self.attribute)],)
         positions = [x.numel() / x.shape[-1] for x in inputs[:3]]
@@ -69,7 +69,7 @@ class PackedAttentionWeight(PackedParameterWeight):
 
 
 class CPQOutProjection(CPQLinear, OutProjection):
-    """`out_proj` of an attention, on the grid: a row of its own, for other programs take its weight without a call."""
+    """`out_proj` of an attention, on the grid: a separate row, because others take its weight without a call."""
 
 
 class PackedOutProjection(PackedLinear, OutProjection):
@@ -161,7 +161,7 @@ def _on_one_grid(grid: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[
 
 
 def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """What is added to the scores: broadcasts against `[batch, heads, length of q, length of k]`."""
+    """Return what is added to the scores; it broadcasts against `[batch, heads, length of q, length of k]`."""
     masks = []
     if attn_mask is not None:
         heads = attn_mask.dim() == 3  # [batch * heads, length of q, length of k]

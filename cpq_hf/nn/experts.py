@@ -29,7 +29,7 @@ def expert_weights(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether the weights of these experts are stored `[experts, in, out]`."""
+    """Return whether the weights of these experts are stored `[experts, in, out]`."""
     return bool(getattr(module, "is_transposed", False))
 
 

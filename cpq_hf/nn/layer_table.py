@@ -60,7 +60,7 @@ QUANTIZED_TYPES: dict[type[nn.Module], LayerType] = {
 
 
 def layer_type(module: nn.Module) -> LayerType | None:
-    """The row of a float layer, None where it is not covered."""
+    """Return the row of a float layer, None where it is not covered."""
     own = type(module)
     if own in LAYERS:
         return LAYERS[own]
@@ -77,7 +77,7 @@ _SUBCLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type] = {}
 
 
 def quantized_class(float_class: type[nn.Module], row_class: type[R]) -> type[R]:
-    """What a layer of `float_class` becomes, always the same class: `row_class`, or a subclass of both."""
+    """Return what a layer of `float_class` becomes, always the same class: `row_class`, or a subclass of both."""
     if float_class in LAYERS:
         return row_class
     both = (float_class, row_class)

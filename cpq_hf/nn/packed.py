@@ -32,7 +32,7 @@ from .training import FixedVocabulary, TrainingLayer, conv1d_forward, drop_quant
 
 
 class PackedLayer(nn.Module):
-    """What all packed layers share."""
+    """Base of all packed layers."""
 
     spec: LayerSpec
     dtype: torch.dtype
@@ -81,7 +81,7 @@ class PackedLayer(nn.Module):
         super().register_parameter(name, param)
 
     def layer_spec(self) -> LayerSpec:
-        """How this layer is quantized."""
+        """Return how this layer is quantized."""
         return self.spec
 
     def fast_product(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -183,7 +183,7 @@ def empty_tensors(spec: LayerSpec, device: torch.device) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def trained_tensors(layer: TrainingLayer) -> tuple[LayerSpec, dict[str, Tensor]]:
-    """What a layer that trained becomes: its final specification, and its packed tensors."""
+    """Return what a layer that trained becomes: its final specification, and its packed tensors."""
     spec, tensors = layer.layer_spec(), {}
     if spec.tied_to is None:
         tensors = {

@@ -56,7 +56,7 @@ class PackedParameterWeight(PackedLayer):
 
 
 def grid_of(module: nn.Module, name: str) -> ParameterWeight | PackedParameterWeight | None:
-    """What quantizes the parameter `name` of a module, or None where it is left in floating point."""
+    """Return what quantizes the parameter `name` of a module, or None where it is left in floating point."""
     return module._modules.get(name + SUFFIX) or module._modules.get(name)  # type: ignore[return-value]  # ours by name
 
 

@@ -23,7 +23,7 @@ from ..tensor.spec import LayerSpec
 
 
 class TrainingLayer(nn.Module):
-    """What all layers that train share: `weight`, `weight_quantizer`, `input_quantizer` (or None)."""
+    """Base of all layers that train: `weight`, `weight_quantizer`, `input_quantizer` (or None)."""
 
     weight: Tensor
     weight_quantizer: WeightQuantizer
@@ -57,7 +57,7 @@ class TrainingLayer(nn.Module):
         return output.numel() / self.weight_quantizer.spec.rows, inputs[0].numel()
 
     def layer_spec(self) -> LayerSpec:
-        """How this layer is quantized, a learned width as it stands."""
+        """Return how this layer is quantized, a learned width as it stands."""
         activation = None if self.input_quantizer is None else self.input_quantizer.current_spec()
         return LayerSpec(self.weight_quantizer.current_spec(), activation, self.tied_to)
 

@@ -36,7 +36,7 @@ SMALLEST = 1 << 14  # elements; below, the calls cost more than the memory is wo
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to make a tensor again.
+    """Recipe to make a tensor again.
 
     Args:
         node (`torch.autograd.graph.Node`): What [`fake_quantize.quantize_again`] takes; it belongs to the same graph.

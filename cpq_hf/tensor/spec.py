@@ -83,7 +83,7 @@ class Grid(NamedTuple):
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """How one weight tensor is quantized.
+    """Description of how one weight tensor is quantized.
 
     Args:
         shape (`tuple[int, ...]`): Shape of the float weight.
@@ -172,7 +172,7 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """How one activation tensor is quantized: a single step size, signed or unsigned as found from data.
+    """Description of how one activation is quantized: one step size, signed or unsigned as found from data.
 
     Args:
         bits (`int`): Bit-width, 2 to 8.
@@ -202,8 +202,10 @@ class ActivationSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """How one layer is quantized: its weight and, where asked for, its input. `tied_to` names the layer whose weight
-    it shares, quantizer and all."""
+    """Description of how one layer is quantized: its weight and, where asked for, its input.
+
+    `tied_to` names the layer whose weight it shares, quantizer and all.
+    """
 
     weight: WeightSpec
     activation: ActivationSpec | None = None

@@ -1,4 +1,4 @@
-"""The step size that training begins with: the least squared rounding error, found by trying."""
+"""Find the step size that training begins with: the one with the least squared rounding error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DESCENTS = 4
 
 
 def least_squares_alpha(x: Tensor, grid: Grid) -> Tensor:
-    """Step size with the least squared rounding error, for every row of `x`.
+    """Return the step size with the least squared rounding error, for every row of `x`.
 
     A geometric scan, coarse and then fine, finds the right valley of an error that has many; alternating between
     rounding and the exact minimiser `alpha = <x, n>/<n, n>` for fixed levels descends to its floor.
@@ -52,14 +52,16 @@ def _fit_rows(x: Tensor, grid: Grid) -> Tensor:
 
 
 def _better(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Row by row, the other where its error (second in both) is smaller."""
+    """Return, row by row, `other` where its error (second in both) is smaller, else `one`."""
     smaller = other[1] < one[1]
     return tuple(torch.where(smaller, b, a) for a, b in zip(one, other, strict=True))
 
 
 def _best_step(x: Tensor, tries: Tensor, grid: Grid) -> tuple[Tensor, ...]:
-    """Of step sizes `[rows, tries]` the one with the least squared error, that error, and what fits its levels best;
-    each `[rows, 1]`."""
+    """Return the best of step sizes `[rows, tries]`, its squared error, and the step size that fits its levels best.
+
+    Each is `[rows, 1]`.
+    """
     found = cpu.try_steps(x, tries, grid) or _try_steps(x, tries, grid)
     error, refit = found
     error, index = error.nan_to_num(nan=torch.inf).min(-1, keepdim=True)

@@ -1,1 +1,1 @@
-"""What runs while a model trains: schedules, learned bit-widths, freezing, distillation."""
+"""Train: schedules, learned bit-widths, freezing, distillation."""

@@ -115,7 +115,7 @@ def distillation_loss(
 
 
 def _predicts_next(model: nn.Module, logits: Tensor) -> bool:
-    """Whether position `t` of the logits is trained on label `t + 1`: decoders with a language-model head."""
+    """Return whether position `t` of the logits is trained on label `t + 1`: decoders with a language-model head."""
     if logits.dim() != 3 or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False
     loss_type = getattr(model, "loss_type", None)

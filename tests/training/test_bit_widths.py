@@ -484,7 +484,7 @@ def test_deciding_moves_no_output_where_no_width_changes():
 def test_training_that_ends_early_is_decided_and_told(caplog):
     model = toy(target_bits=2.6)
     controller = fit(model, 10, total=400)
-    with pytest.raises(CPQError, match=r"bit-lengths of `0` are still being learned: `CPQController.finish\(\)`"):
+    with pytest.raises(CPQError, match=r"bit-widths of `0` are still being learned: call `CPQController.finish\(\)`"):
         pack_model(model)
     caplog.set_level(logging.WARNING, logger="cpq_hf")
     controller.finish()

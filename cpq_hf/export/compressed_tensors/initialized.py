@@ -39,7 +39,7 @@ def _fails_without(skeleton: PreTrainedModel, name: str) -> bool:
 
 
 def _needs_a_weight(around: list[nn.Module]) -> bool:
-    """Whether the last of these, each inside of the one before, is initialized by a weight that is not there."""
+    """Return whether the last of these nested modules is initialized by a weight that is not there."""
     model = next(module for module in reversed(around) if isinstance(module, PreTrainedModel))
     try:
         initialize_module(model, around[-1])

@@ -47,7 +47,7 @@ def placed(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """What a model in hand gives for the example; `CPQError` if it cannot take it."""
+    """Return the outputs of a model for the example; `CPQError` if it cannot take it."""
     try:
         found = plain.outputs(model, inputs)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:

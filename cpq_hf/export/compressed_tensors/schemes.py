@@ -18,7 +18,7 @@ EXPERT_TARGET = r"re:.*\.experts\.\d+\.\w+$"  # under any name: vLLM asks for it
 def quantization_config(
     layers: Mapping[str, PackedLayer], containers: Mapping[str, Container], prefix: str, floats: Iterable[str]
 ) -> dict[str, Any]:
-    """What config.json says of the quantization.
+    """Return what config.json says of the quantization.
 
     Args:
         layers: Name -> layer of those that are stored packed.

@@ -57,7 +57,7 @@ def rounded_scales(layers: Mapping[str, PackedLayer]) -> Iterator[None]:
 def stored_tensors(
     model: Any, layers: Mapping[str, PackedLayer], containers: Mapping[str, Container], untied: bool
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """What is stored, and the CRC-32 of every tensor that a model loaded from it must hold.
+    """Return what is stored, and the CRC-32 of every tensor that a model loaded from it must hold.
 
     Args:
         model: The packed model.

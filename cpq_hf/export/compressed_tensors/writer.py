@@ -224,7 +224,7 @@ def _alternative(other: str) -> str:
 
 
 def _is_packed_there(layer: PackedLayer) -> bool:
-    """Whether a layer is packed in the export; a head that shares an embedding's weight is in float with it."""
+    """Return whether a layer is packed in the export; a head that shares an embedding's weight is in float with it."""
     if layer_type_name(layer) not in PACKABLE:
         return False
     tied_to_float = layer.holder is not layer and layer_type_name(layer.holder) not in PACKABLE
@@ -267,7 +267,7 @@ def _warn(
 
 
 def _side_file(model: Any, containers: Mapping[str, Container]) -> dict[str, Any]:
-    """What compressed-tensors' config has no place for: the numbers of the training."""
+    """Return what compressed-tensors' config has no place for: the numbers of the training."""
     report = summarize(model).to_dict()
     layers = {
         name: values | {"container_bits": containers[name].bits if name in containers else None}

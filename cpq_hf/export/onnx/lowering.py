@@ -176,7 +176,7 @@ class Lowering:
 
 
 def _axis(weight: WeightSpec, transposed: bool = False) -> dict[str, int]:
-    """How `DequantizeLinear` finds the scale of an element."""
+    """Return how `DequantizeLinear` finds the scale of an element."""
     if weight.group_size is not None:
         return {"axis": 0 if transposed else 1, "block_size": weight.group_size}
     return {} if weight.granularity == "tensor" else {"axis": 1 if transposed else 0}

@@ -171,5 +171,5 @@ def silence() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in one line."""
+    """Return what an error says, in one line."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

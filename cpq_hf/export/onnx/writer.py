@@ -189,7 +189,7 @@ def _write(model: Any, path: Path) -> list[Path]:
 
 
 def _tolerance(model: nn.Module, inputs: Mapping[str, Any], by_name: bool, expected: Mapping[str, Tensor]) -> float:
-    """How far the outputs of the file may be from the model's."""
+    """Return how far the outputs of the file may be from the model's."""
     if not any(layer.spec.activation for _, layer in packed_layers(model)):
         return TOLERANCE
     outputs = flat_outputs(call(disturbed_copy(model), inputs, by_name))

@@ -1,4 +1,4 @@
-"""Build a C file with the machine's own compiler, once a machine, and load it.
+"""Build a C file with the machine's compiler, once per machine, and load it.
 
 A library lies in the user's cache folder under a name that holds its source, compiler flags and the machine's
 instruction set. Built with gcc, it uses the copy of OpenMP that torch for Linux has loaded: both ask for the same
@@ -56,7 +56,7 @@ def _build(source: Path, flags: tuple[str, ...]) -> Path:
 
 
 def _machine() -> str:
-    """What `-march=native` depends on: a cache folder may be shared by different machines."""
+    """Return what `-march=native` depends on: a cache folder may be shared by different machines."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), None)

@@ -1,4 +1,4 @@
-"""Triton kernels: whether they can be launched here, and on which device."""
+"""Load Triton kernels where they can be launched, and choose the device."""
 
 from __future__ import annotations
 

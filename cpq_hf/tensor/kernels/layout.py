@@ -1,4 +1,4 @@
-"""How the memory of a tensor lies against its step sizes: what the kernels of every backend ask first."""
+"""Find how the memory of a tensor lies against its step sizes: every kernel asks this first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Layout(IntEnum):
-    """Of `x`, seen as `[rows, columns]`; fake_quantize.c has the same numbers."""
+    """Layout of `x`, seen as `[rows, columns]`; fake_quantize.c has the same numbers."""
 
     ROWS = 0  # a step size for each row
     COLUMNS = 1  # a step size for each column (weights stored [in, out])
@@ -37,7 +37,7 @@ def find_layout(x: Tensor, alpha: Tensor, dtypes: tuple[torch.dtype, ...]) -> tu
 
 
 def _is_transposed(x: Tensor) -> bool:
-    """Whether `x` is `[rows, 1, k]` over the memory of a contiguous `[k, rows]`."""
+    """Return whether `x` is `[rows, 1, k]` over the memory of a contiguous `[k, rows]`."""
     return x.dim() == 3 and x.shape[1] == 1 and x.stride(0) == 1 and x.stride(2) == x.shape[0]
 
 

@@ -6,5 +6,5 @@ BACKENDS = {"cpu": cpu, "cuda": gpu}  # by type of device
 
 
 def kernel_name(device_type: str) -> str:
-    """What quantizers on a device run on: `"c"`, `"triton"` or `"eager"`, which is torch operations."""
+    """Return what quantizers on a device run on: `"c"`, `"triton"` or `"eager"`, which is torch operations."""
     return BACKENDS[device_type].name() if device_type in BACKENDS else "eager"

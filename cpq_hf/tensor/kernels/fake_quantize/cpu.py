@@ -80,7 +80,7 @@ def gradients(
 
 
 def is_ready() -> bool:
-    """Whether the kernels can be called now."""
+    """Return whether the kernels can be called now."""
     return not torch.compiler.is_compiling() and load() is not None
 
 

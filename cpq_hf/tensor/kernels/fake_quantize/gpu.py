@@ -1,4 +1,4 @@
-"""`triton_kernels.py` on CUDA devices: tile shapes, buffers for sums, and operators for `torch.compile`.
+"""Run `triton_kernels.py` on CUDA devices: tile shapes, buffers for sums, and operators for `torch.compile`.
 
 Triton compiles a kernel at its first launch; nothing happens at import. Without Triton (or without what it needs, a C
 compiler), for other dtypes or layouts, the functions here return None and `fake_quantize.py` does the work. While

@@ -9,14 +9,14 @@ who knows the seed knows every element's bit-width, and none is stored. Arithmet
     COUNT      bits that can be dropped; 0 is no DropBits
 
 `hi`, `lo` are the last and the first level of the full grid; `centered_hi` is the last level of the widest grid that
-is centred, -1 for none. Sums go to a cell of their own for each tile, and are added up by torch: no order of arrival
+is centred, -1 for none. Each tile writes its sums to a separate cell, and torch adds them up: no order of arrival
 changes a result.
 """
 
 import triton
 import triton.language as tl
 
-# these change by layer: a kernel is not compiled anew for them
+# these change by layer: no kernel is compiled again for them
 _PLAIN = ("rows", "pieces", "lo", "hi", "centered_hi")
 NAN: tl.constexpr = tl.constexpr(tl.PropagateNan.ALL)
 
@@ -129,7 +129,7 @@ def _slope(v, nearest, first, last, inverse, NARROW: tl.constexpr, COUNT: tl.con
 
 @triton.jit
 def _at_width(position, lo, hi, centered_hi, finer: tl.constexpr):
-    """What the grid with `finer` of its steps in one of the full grid makes of a position, in steps of the latter."""
+    """Return what the grid with `finer` of its steps in one full step makes of a position, in full steps."""
     last = (hi.to(tl.float32) + 1.0) * finer - 1.0
     offset = tl.where(last <= centered_hi, 0.5, 0.0)
     level = _round_even(_clamp(position * finer - offset, lo.to(tl.float32) * finer, last))

@@ -1,4 +1,4 @@
-"""`triton_kernels.py` on CUDA devices: which launches serve a product, and which products they serve."""
+"""Run `triton_kernels.py` on CUDA devices: which launches serve a product, and which products they serve."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def is_available() -> bool:
 
 
 def fits(bits: int, group_size: int | None) -> bool:
-    """Whether [`multiply`] knows such groups: they must hold whole blocks."""
+    """Return whether [`multiply`] knows such groups: they must hold whole blocks."""
     return group_size is None or group_size % _VALUES[bits] == 0
 
 

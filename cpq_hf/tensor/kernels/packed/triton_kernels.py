@@ -10,7 +10,7 @@ an order of arrival.
 A value takes one AND, and its bits stay where they are: under the exponent of 2^23 the low 23 bits of a word, and the
 word shifted by 9, are whole numbers of a float32, and `number * 2^-p - (2^(23-p) + ZERO)` is the level at the place p.
 Levels, `code - ZERO`, are whole or half numbers and exact; products are added up in float32 and scaled where their
-scale ends, once a row or once a group.
+scale ends, once per row or once per group.
 
     GROUP  blocks that share a scale; 0: a scale a row, -1: one for all
     P      inputs that make 16 bytes
@@ -20,7 +20,7 @@ scale ends, once a row or once a group.
 import triton
 import triton.language as tl
 
-_PLAIN = ("batch", "rows", "blocks", "row_words", "groups")  # no kernel is compiled anew for these
+_PLAIN = ("batch", "rows", "blocks", "row_words", "groups")  # no kernel is compiled again when these change
 
 
 @triton.jit

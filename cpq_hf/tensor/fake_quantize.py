@@ -59,7 +59,7 @@ from torch import Tensor
 from ..distributed import process_rank
 from .kernels.fake_quantize import BACKENDS, cpu
 from .kernels.fake_quantize.dropped import Dropped
-from .spec import CENTERED_BITS, RAREST, Grid
+from .spec import RAREST, Grid
 
 MIN_NOISE, MAX_NOISE = 0.02, 0.5
 WINDOW = 4
@@ -274,8 +274,7 @@ def _element_grids(alpha: Tensor, grid: Grid, dropped: Dropped | None) -> tuple[
     assert dropped.max_level is not None
     hi = dropped.max_level.to(alpha.dtype)
     lo = -1 - hi if grid.signed else torch.zeros_like(hi)
-    centered_up_to = grid.of_width(CENTERED_BITS).bounds[1]
-    offset = (hi <= centered_up_to).to(alpha.dtype).mul_(0.5) if grid.centered else 0.0
+    offset = (hi <= grid.max_centered_level).to(alpha.dtype).mul_(0.5) if grid.centered else 0.0
     return lo, hi, (grid.bounds[1] + 1) / (hi + 1), offset
 
 

@@ -1,4 +1,4 @@
-"""The closed forms of `grid.py` against the textbook form, and the properties of method.md section 6."""
+"""The closed forms of `fake_quantize.py` against the textbook form, and the properties of method.md section 6."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cpq_hf.tensor.spec import Grid
 BITS = [2, 3, 4, 5, 6, 7, 8]
 SIGNED = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 EXACT_NOISE = 0.05  # at this scale what lies outside the window is below 1e-13
-# noise -> bound on the error of D that the window causes, as stated in grid.py
+# noise -> bound on the error of D that the window causes, as stated in fake_quantize.py
 WINDOW_BOUNDS = {1 / 3: 0.0083, 0.2: 2.4e-4, 0.1: 2.1e-8}
 
 

@@ -1,4 +1,4 @@
-"""The C kernels against the torch operations of `grid.py`, which test_fake_quantize.py compares with the textbook."""
+"""The C kernels against torch operations, which test_fake_quantize.py compares with the textbook form."""
 
 from __future__ import annotations
 

@@ -219,7 +219,7 @@ def test_optimizers_leave_lengths_alone():
 
 
 def reference(phi, kept, gradients, shares, tied, target, steps):
-    """Logits and multiplier after these gradients, in float64, by the formulas of lengths.py and of Adam's paper.
+    """Logits and multiplier after these gradients, in float64, by the formulas of bit_widths.py and of Adam's paper.
 
     `phi`, `kept` and the gradients are `[widths, most bits]`, `kept` zero where a width has fewer bits.
     """

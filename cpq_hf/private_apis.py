@@ -1,8 +1,8 @@
 """Everything of transformers and accelerate that the package uses without a promise that it stays.
 
-One function or constant per borrowed name; its docstring names the line of the other package that it relies on, and
-tests/test_private_apis.py has a test per name, which fails by that name when a new version changes it. No other file
-uses a private attribute of these packages. What is borrowed from torch is in torch_private.py.
+One function or constant per borrowed name; its docstring names the line of the other package that it relies on. For
+each there is a test in tests/hf/test_private_apis.py, which fails by that name when a new version changes it. No
+other file uses a private attribute of these packages. What is borrowed from torch is in torch_private.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Everything of torch that the package uses without a promise that it stays.
 
 One function or constant per borrowed name; its docstring names the line of torch that it relies on, and
-tests/test_private_apis.py has a test per name. Other files use no private attribute of torch, except those of
+tests/hf/test_private_apis.py has a test per name. Other files use no private attribute of torch, except those of
 `EXTENSION_POINTS`.
 """
 

@@ -1,4 +1,4 @@
-"""Ways out of the plugin: one file a foreign format."""
+"""Exporters, one subpackage per target format."""
 
 from .compressed_tensors.reload import default_inputs
 from .compressed_tensors.writer import export_compressed_tensors

@@ -1,4 +1,4 @@
-"""The Trainer's door: prepares if needed, owns a controller, logs, resumes, packs at the end if asked."""
+"""The Trainer's callback: prepares if needed, owns a controller, logs, resumes, packs at the end if asked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verbs on a model in hand: prepare it for training, pack it."""
+"""Prepare a model for training, and pack it."""
 
 from __future__ import annotations
 

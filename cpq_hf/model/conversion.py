@@ -65,7 +65,7 @@ def prepare(model: nn.Module, settings: QuantizationSettings) -> dict[str, Layer
 
 
 def own_configs(model: nn.Module) -> None:
-    """Give a model its own copy of every config that its modules hold, so that what is noted there is of it alone.
+    """Give a model its own copy of every config that its modules hold, so that changes affect this model only.
 
     A model made with `Model(config)` or `AutoModel.from_config(config)` shares the config with all others made from
     it. Modules that hold one object (attention reads its implementation there) hold one copy of it afterwards, and a

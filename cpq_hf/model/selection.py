@@ -96,7 +96,7 @@ def select(model: nn.Module, settings: QuantizationSettings) -> dict[str, LayerS
 
     Args:
         model (`nn.Module`): A float model; its weights may be on the meta device.
-        settings (`QuantizationSettings`): The settings.
+        settings (`QuantizationSettings`): Which layers to quantize and how.
 
     Returns:
         `dict[str, LayerSpec]`: Dotted name of the layer -> specification. A layer that holds a shared weight comes
@@ -210,7 +210,7 @@ def _is_wanted_together(
 
 
 def _spec(
-    name: str, candidate: Candidate, settings: QuantizationSettings, settings_of: str | None = None
+    name: str, candidate: Candidate, settings: QuantizationSettings, configured_as: str | None = None
 ) -> LayerSpec:
     """The specification of a selected weight, by the settings for its name or for another's."""
     module = candidate.module
@@ -221,7 +221,7 @@ def _spec(
             f"the `forward` of `{name}` was replaced on the instance, so it cannot be quantized; leave it out"
         )
     try:
-        spec = candidate.spec(settings, settings_of or name)
+        spec = candidate.spec(settings, configured_as or name)
     except CPQError as error:
         raise CPQError(f"`{name}`: {error}") from error
     if candidate.kind is EXPERTS:
@@ -236,8 +236,8 @@ def _check_target(selected: Mapping[str, LayerSpec], settings: QuantizationSetti
     if settings.target_bits is not None and settings.budget == "weights" and least > settings.target_bits + 1e-9:
         raise CPQError(
             f"`target_bits` (={settings.target_bits}) cannot be met: with every learned layer at `min_bits` (="
-            f"{settings.min_bits}) the mean is still {least:.2f}, for layers of fixed width; raise the target or let "
-            "more layers learn"
+            f"{settings.min_bits}) the mean is still {least:.2f}, because some layers have a fixed width; "
+            "raise the target or let more layers learn"
         )
 
 
@@ -251,7 +251,7 @@ def _check_is_float(model: nn.Module) -> None:
 
 
 def _output_heads(model: nn.Module) -> set[str]:
-    """Names of the module that owns the last parameter (the output layer, by habit) and of the output embeddings."""
+    """Names of the module that owns the last parameter (usually the output layer) and of the output embeddings."""
     last = [name for name, _ in model.named_parameters()][-1:]
     getter = getattr(model, "get_output_embeddings", None)
     output_embeddings = getter() if callable(getter) else None

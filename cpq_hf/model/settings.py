@@ -1,4 +1,4 @@
-"""Say which modules of a model are quantized and how: the fields of a config, validated, and its name patterns."""
+"""Validate the settings of a quantized model, and match module names against their patterns."""
 
 from __future__ import annotations
 

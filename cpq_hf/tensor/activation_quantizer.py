@@ -67,7 +67,7 @@ class ActivationQuantizer(Quantizer):
         return False
 
     def reset_schedule(self, noise: float) -> None:
-        """As for any quantizer; and `signed` is not trained, which loading forgets when it replaces parameters."""
+        """Reset the schedule, and mark `signed` as not trainable again, because loading replaces it."""
         super().reset_schedule(noise)
         self.signed.requires_grad_(False)
 

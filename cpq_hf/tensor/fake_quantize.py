@@ -37,7 +37,7 @@ With `C = cosh((v - m)/s)`, `c = cosh(o/s)`, `u = c/(C + c)`, the two boundaries
 
     S'((v - m - o)/s) + S'((v - m + o)/s) = (1 + C*c)/(C + c)^2 = u * (1 + u * (1/c^2 - 1))
 
-so that one `cosh` an element serves all boundaries and nothing overflows for s >= 0.02.
+so that one `cosh` per element serves all boundaries and nothing overflows for s >= 0.02.
 
 **Memory.** O(1) per element whatever the bit-width: backward keeps `x` (the parameter itself) and, under DropBits, one
 byte per element, or a seed alone where the kernels draw a second time (kernels/fake_quantize/gpu.py). Scratch tensors

@@ -51,14 +51,14 @@ class Recipe:
 
 
 def remember(quantized: Tensor) -> Tensor:
-    """The output of `fake_quantize.fake_quantize`, as a tensor that carries its recipe where it has a gradient."""
+    """Attach its recipe to the output of `fake_quantize`, where it has a gradient, and return it."""
     if not torch.compiler.is_compiling() and quantized.grad_fn is not None:
         _write(quantized, Recipe(quantized.grad_fn, quantized.dtype))
     return quantized
 
 
 def passed_on(quantized: Tensor, view: Tensor) -> Tensor:
-    """`view`, with the recipe of `quantized` if it has the same memory."""
+    """Return `view`, with the recipe of `quantized` if it has the same memory."""
     if torch.compiler.is_compiling():
         return view
     recipe = _read(quantized)
@@ -68,7 +68,7 @@ def passed_on(quantized: Tensor, view: Tensor) -> Tensor:
 
 
 def dtype_of_product(x: Tensor) -> torch.dtype | None:
-    """The dtype to which autocast casts the operands of a product with `x`, None where it leaves them alone."""
+    """Return the dtype to which autocast casts the operands of a product with `x`, None where it leaves them alone."""
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):  # meta has none to ask for
         return None
@@ -76,7 +76,7 @@ def dtype_of_product(x: Tensor) -> torch.dtype | None:
 
 
 def multiply(operation: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`operation(x, weight, bias)`, a product, that keeps recipes where `x` and `weight` carry them."""
+    """Compute `operation(x, weight, bias)`, a product, saving recipes where `x` and `weight` carry them."""
     if torch.compiler.is_compiling():
         return operation(x, weight, bias)
     x, weight = _cast(x), _cast(weight)
@@ -85,7 +85,7 @@ def multiply(operation: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: 
 
 
 def kept_as_recipes(*tensors: Tensor) -> AbstractContextManager[Any]:
-    """While it is entered, autograd keeps the recipes of these tensors where they carry one.
+    """Return a context in which autograd saves the recipes of these tensors, where they carry one.
 
     Where others watch what autograd keeps (gradient checkpointing, offloading) and under `torch.compile`, whose own
     compiler decides what is kept, nothing changes.
@@ -115,7 +115,7 @@ def _unpack(kept: Any) -> Tensor:
 
 
 def _cast(tensor: Tensor) -> Tensor:
-    """As autocast would cast the operand of a product, but with a recipe."""
+    """Cast the operand of a product as autocast would, and keep its recipe."""
     recipe, dtype = _read(tensor), dtype_of_product(tensor)
     if recipe is None or tensor.dtype != torch.float32 or dtype is None:
         return tensor

@@ -4,7 +4,7 @@ A weight of any layer type is seen as a matrix `[rows, columns]`, `rows` being o
 the weights of fused experts are stacked in three dimensions). Each row is cut into
 `groups` of equal length that share one step size `alpha`:
 
-| granularity | groups a row | shape of alpha       |
+| granularity | groups per row | shape of alpha       |
 |-------------|--------------|----------------------|
 | `tensor`    | 1            | `[1]`                |
 | `channel`   | 1            | `[rows, 1]`          |

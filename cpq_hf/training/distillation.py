@@ -15,7 +15,9 @@ IGNORED = -100  # label of positions that count in no loss, as in transformers
 
 
 def distill(model: nn.Module, teacher: nn.Module, weight: float = 0.9, temperature: float = 1.0) -> RemovableHandle:
-    """From now on, the loss that `model` returns in training is `(1 - weight) * loss + weight * distillation loss`.
+    """Add a distillation term to the loss that `model` returns in training.
+
+    The loss becomes `(1 - weight) * loss + weight * distillation loss`.
 
     Nothing else changes, in a `Trainer` or in a loop: `model(**batch).loss` holds the sum. The teacher sees the same
     inputs in evaluation mode without gradients; it is no part of the model, so it is not saved with it. In evaluation
@@ -84,7 +86,9 @@ def distillation_loss(
     temperature: float = 1.0,
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
-    """`T^2 * KL(teacher || student)` of the softmax at temperature `T` (Hinton et al. 2015, arXiv 1503.02531).
+    """Return the distillation loss (Hinton et al. 2015, arXiv 1503.02531).
+
+    It is `T^2 * KL(teacher || student)` of the softmax at temperature `T`.
 
     Args:
         logits (`Tensor` of shape `[..., classes]`): Of the student.

@@ -1,4 +1,4 @@
-"""The closed forms of `fake_quantize.py` against the textbook form, and the properties of method.md section 6."""
+"""The closed forms of `fake_quantize.py` against the textbook form, and the properties in docs/method.md."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """From the trace of a packed model to standard ONNX operators on integers and scales.
 
-`onnx.py` traces a model with a placeholder wherever a packed layer computes. Here each is replaced. Weights go from
+`trace.py` traces a model with a placeholder wherever a packed layer computes. Here each is replaced. Weights go from
 their packed words into the file one by one, when it is written; they never exist as floats:
 
 | in the model             | in the file                                                                           |

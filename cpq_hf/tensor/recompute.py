@@ -13,8 +13,9 @@ set for a replacement was 1.02 (steps of two processes in turn, 5 to 16 rounds, 
 float32, 2026-11-26; the seed was replayed, not the state of the generator, and layers below `SMALLEST` were left out).
 On a GPU, where a step of small layers waits for Python, it would cost more. FSDP2 and `torch.compile` were not tried
 after that. Under gradient checkpointing it would nest, and quantize three times instead of two. Fused experts would
-have to recompute their first product too, because the checkpoint can only go around their whole forward; so they keep
-recipes as well, not measured.
+recompute their first product too, because the checkpoint can only go around their whole forward: a step of a Mixtral
+(width 256, 8 experts, 4 layers, 8 x 128 tokens, 12 rounds) took 1.16 of the time with recipes, at a peak of 829 MB
+beside 893 MB; keeping the quantized weights took 1.03 and 941 MB. So experts keep recipes as well.
 """
 
 from __future__ import annotations

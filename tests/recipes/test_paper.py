@@ -72,6 +72,7 @@ def lines(cwd: Path) -> list[dict]:
     return [json.loads(line) for line in (cwd / "runs/paper/results.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_all_variants_cut_off_resumed_and_tabled(folders, tmp_path):
     arguments = ["lenet5-mnist", "--data", str(folders / "28"), "--max_steps", "2", "--bits", "3", "2"]
     done = python(tmp_path, "-c", CUT_OFF.format(paper=str(PAPER)), *arguments)

@@ -84,6 +84,7 @@ def test_two_processes_train_as_one_and_resume_exactly(launcher, tmp_path):
     assert torch.equal(logits(auto_class("llama").from_pretrained(tmp_path / "packed"), batch), trained)
 
 
+@pytest.mark.slow
 @pytest.mark.shows(
     "saved by two processes, resumed by one, and the other way round: as one process, to 2e-4", "torchrun"
 )

@@ -5,17 +5,18 @@ input and the weight themselves, which the quantizers keep for their own gradien
 every input. Recomputing each is one pass over memory. A quantized tensor therefore carries a recipe, and while the
 layer multiplies, hooks on what autograd saves (`torch.autograd.graph.saved_tensors_hooks`) keep the recipe instead.
 
-Why not `torch.utils.checkpoint` around "quantize, multiply": it gives the same bits, and its early stop recomputes no
-product, but it runs the quantizers a second time as a recorded graph, in Python. That costs 0.37 ms per layer and step
-beside 0.40 ms for everything here (linear 16 x 16, one thread). A whole step took 1.11 (Llama, width 256), 1.24 (ViT,
-width 256; 1.16 with DropBits) and 1.15 (BERT-base with DropBits, 2 x 128 tokens) of the time with recipes; the bound
-set for a replacement was 1.02 (steps of two processes in turn, 5 to 16 rounds, 2 cores of an AMD EPYC, torch 2.13,
-float32, 2026-11-26; the seed was replayed, not the state of the generator, and layers below `SMALLEST` were left out).
-On a GPU, where a step of small layers waits for Python, it would cost more. FSDP2 and `torch.compile` were not tried
-after that. Under gradient checkpointing it would nest, and quantize three times instead of two. Fused experts would
-recompute their first product too, because the checkpoint can only go around their whole forward: a step of a Mixtral
-(width 256, 8 experts, 4 layers, 8 x 128 tokens, 12 rounds) took 1.16 of the time with recipes, at a peak of 829 MB
-beside 893 MB; keeping the quantized weights took 1.03 and 941 MB. So experts keep recipes as well.
+Why not `torch.utils.checkpoint` around "quantize, multiply": in a first try it gave the same bits, and its early stop
+recomputed no product, but it runs the quantizers a second time as a recorded graph, in Python. That costs 0.37 ms per
+layer and step beside 0.40 ms for everything here (linear 16 x 16, one thread). A whole step took 1.11 (Llama, width
+256), 1.24 (ViT, width 256; 1.16 with DropBits) and 1.15 (BERT-base with DropBits, 2 x 128 tokens) of the time with
+recipes; the bound set for a replacement was 1.02 (steps of two processes in turn, 5 to 16 rounds, 2 cores of an AMD
+EPYC, torch 2.13, float32, 2026-11-26; the seed was replayed, not the state of the generator, and layers below
+`SMALLEST` were left out). On a GPU, where a step of small layers waits for Python, it would cost more. FSDP2 and
+`torch.compile` were not tried after that. Under gradient checkpointing it would nest, and quantize three times instead
+of two. Fused experts would recompute their first product too, because the checkpoint can only go around their whole
+forward: a step of a Mixtral (width 256, 8 experts, 4 layers, 8 x 128 tokens, 12 rounds) took 1.16 of the time with
+recipes, at a peak of 829 MB beside 893 MB; keeping the quantized weights took 1.03 and 941 MB. So experts keep recipes
+as well.
 """
 
 from __future__ import annotations

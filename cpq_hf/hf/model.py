@@ -47,9 +47,8 @@ def prepare_model(model: M, config: CPQConfig) -> M:
     if not isinstance(config, CPQConfig):
         raise CPQError(f"`config` must be a CPQConfig, got {type(config).__name__}")
     config = copy.deepcopy(config)  # what the user does to theirs later changes no model
-    config.note_layers(
-        conversion.prepare(model, config)
-    )  # one object: `model.cpq_settings` and `model.config` both hold it
+    # One object: `model.cpq_settings` and `model.config.quantization_config` both hold it.
+    config.note_layers(conversion.prepare(model, config))
     if isinstance(model, PreTrainedModel):
         attach(model, config)
     return model
